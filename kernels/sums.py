@@ -47,7 +47,7 @@ class CompiledSums(Sums):
             matrix.shape[0], matrix.shape[1] = array.shape
             matrix.stride[0] = array.strides[0] // array.itemsize
             if blocks is not None:
-                describe_view(blocked, blocks.ctypes.data, blocks.shape, "float64")
+                describe_view(blocked, blocks.ctypes.data, blocks.shape, blocks.dtype.name)
             else:
                 blocked.shape[0] = 0
             call.run()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from telechat_twins.core.checkpoint.read import TensorPiece
 from telechat_twins.core.config import OptimConfig
 from telechat_twins.core.model.growth import Growth
 from telechat_twins.core.parallel.mesh import Mesh
-from telechat_twins.core.parallel.sharding import Box, FlatPiece, Shard, flat_pieces
+from telechat_twins.core.parallel.sharding import Box, FlatPiece, Shard, flat_pieces, owned_pieces
 from telechat_twins.core.train.births import birth_classes
 from telechat_twins.core.train.recipe import class_decay, class_rate, corrections, is_young, tells_classes_apart
 from telechat_twins.kernels.adamw import AdamWStep
@@ -178,6 +179,10 @@ class AdamW:
     def _pieces(self, number: int) -> Iterator[FlatPiece]:
         yield from flat_pieces(self.gradients.buckets[number], self.table, self.gradients.part, self.gradients.parts)
 
+    @cached_property
+    def _owned(self) -> list[tuple[int, FlatPiece]]:
+        return owned_pieces(self.gradients.buckets, self.table, self.gradients.part, self.gradients.parts)
+
     def _fill(self, vector: Tensor, number: int, read: Read) -> None:
         vector.zero_()
         for piece in self._pieces(number):
@@ -187,25 +192,14 @@ class AdamW:
         """Boxes of the vectors that this rank writes, in the model's order; each is written by exactly one rank."""
         if self.gradients.parts == 1 and self.mesh.replicas.rank:
             return
-        owned = [
-            (vectors[number], piece)
-            for number, bucket in enumerate(self.gradients.buckets)
-            if bucket.owner
-            for piece in self._pieces(number)
-        ]
-        order = {name: i for i, name in enumerate(self.table)}
-        shared: dict[int, np.ndarray] = {}  # vectors that numpy reads where they are, by id
-        for vector, piece in sorted(owned, key=lambda item: (order[item[1].name], item[1].first)):
-            if vector.device.type == "cpu" and id(vector) not in shared:
-                shared[id(vector)] = to_numpy(vector)
-            held = shared.get(id(vector))
-            array = to_numpy(vector[piece.first : piece.last]) if held is None else held[piece.first : piece.last]
-            yield TensorPiece(
-                prefix + piece.name,
-                array.reshape([s.stop - s.start for s in piece.box]),
-                tuple(s.start for s in piece.box),
-                self.table[piece.name].whole,
-            )
+        # Vectors of a CPU are read by numpy where they are.
+        shared = [to_numpy(vector) if vector.device.type == "cpu" else None for vector in vectors]
+        for number, piece in self._owned:
+            held = shared[number]
+            at = slice(piece.first, piece.last)
+            array = to_numpy(vectors[number][at]) if held is None else held[at]
+            whole = self.table[piece.name].whole
+            yield TensorPiece(prefix + piece.name, array.reshape(piece.shape), piece.offset, whole)
 
     def refresh(self) -> None:
         """Update the weights after masters were loaded: the own part, rounded, then those of the other ranks."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 
 import mindspore as ms
 import numpy as np
@@ -18,7 +19,7 @@ from telechat_twins.core.checkpoint.read import TensorPiece
 from telechat_twins.core.config import OptimConfig
 from telechat_twins.core.model.growth import Growth
 from telechat_twins.core.parallel.mesh import Mesh
-from telechat_twins.core.parallel.sharding import Box, FlatPiece, Shard, flat_pieces
+from telechat_twins.core.parallel.sharding import Box, FlatPiece, Shard, flat_pieces, owned_pieces
 from telechat_twins.core.train.births import birth_classes
 from telechat_twins.core.train.recipe import class_decay, class_rate, corrections, is_young, tells_classes_apart
 from telechat_twins.kernels.adamw import AdamWStep
@@ -196,6 +197,10 @@ class AdamW:
     def _pieces(self, number: int) -> Iterator[FlatPiece]:
         yield from flat_pieces(self.gradients.buckets[number], self.table, self.gradients.part, self.gradients.parts)
 
+    @cached_property
+    def _owned(self) -> list[tuple[int, FlatPiece]]:
+        return owned_pieces(self.gradients.buckets, self.table, self.gradients.part, self.gradients.parts)
+
     def _fill(self, vector: Parameter, number: int, read: Read) -> None:
         array = self._arrays.get(vector.name)
         if array is not None:
@@ -211,27 +216,15 @@ class AdamW:
         """Boxes of the vectors that this rank writes, in the model's order; each is written by exactly one rank."""
         if self.gradients.parts == 1 and self.mesh.replicas.rank:
             return
-        owned = [
-            (number, piece)
-            for number, bucket in enumerate(self.gradients.buckets)
-            if bucket.owner
-            for piece in self._pieces(number)
-        ]
-        order = {name: i for i, name in enumerate(self.table)}
-        whole: dict[int, np.ndarray | None] = {}
-        for number, piece in sorted(owned, key=lambda item: (order[item[1].name], item[1].first)):
-            if number not in whole:
-                whole[number] = self._in_place(vectors[number])
-            held = whole[number]
-            array = (
-                vectors[number][piece.first : piece.last].asnumpy() if held is None else held[piece.first : piece.last]
-            )
-            yield TensorPiece(
-                prefix + piece.name,
-                array.reshape([s.stop - s.start for s in piece.box]),
-                tuple(s.start for s in piece.box),
-                self.table[piece.name].whole,
-            )
+        shared: dict[int, np.ndarray | None] = {}
+        for number, piece in self._owned:
+            if number not in shared:
+                shared[number] = self._in_place(vectors[number])
+            held = shared[number]
+            at = slice(piece.first, piece.last)
+            array = vectors[number][at].asnumpy() if held is None else held[at]
+            whole = self.table[piece.name].whole
+            yield TensorPiece(prefix + piece.name, array.reshape(piece.shape), piece.offset, whole)
 
     def _in_place(self, vector: Parameter | Tensor) -> np.ndarray | None:
         """The array whose storage a vector has, once all operators have written it; None where it has its own."""

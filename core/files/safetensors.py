@@ -220,8 +220,7 @@ class StreamedSafetensors:
         self._next = next(self._left, None)
         room = -(-(max(header_room(specs), least_room) + 8) // BLOCK) * BLOCK - 8
         self._file = DirectFile(self.path, spool)
-        header = struct.pack("<Q", room) + _encode(_entries(specs)).ljust(room)
-        self._file.write(np.frombuffer(header, np.uint8))
+        self._file.write(np.frombuffer(header_bytes(specs, room), np.uint8))
 
     @property
     def full(self) -> bool:
@@ -255,6 +254,11 @@ def header_room(specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapp
     A multiple of 8, as the library pads it, so that the same tensors in the same order give the same bytes.
     """
     return -(-len(_encode(_entries(specs, metadata))) // 8) * 8
+
+
+def header_bytes(specs: Mapping[str, tuple[str, tuple[int, ...]]], room: int) -> bytes:
+    """The beginning of a file of ``specs`` whose header takes ``room`` bytes, its length included."""
+    return struct.pack("<Q", room) + _encode(_entries(specs)).ljust(room)
 
 
 def _entries(specs: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str] | None = None) -> JsonObject:

@@ -7,8 +7,9 @@ needs no other information about ranks. Letters: H query heads, K kv heads, D he
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.lora import LoraConfig, lora_table, sharded_axis
@@ -177,6 +178,16 @@ class FlatPiece:
     last: int
     box: Box
 
+    @cached_property
+    def shape(self) -> tuple[int, ...]:
+        """Of the box."""
+        return tuple(s.stop - s.start for s in self.box)
+
+    @cached_property
+    def offset(self) -> tuple[int, ...]:
+        """Where the box begins in the tensor."""
+        return tuple(s.start for s in self.box)
+
 
 def flat_pieces(bucket: Bucket, table: Mapping[str, Shard], part: int, parts: int) -> Iterator[FlatPiece]:
     """The boxes of logical tensors that make up part ``part`` of ``parts`` of a bucket, without padding.
@@ -198,6 +209,21 @@ def flat_pieces(bucket: Bucket, table: Mapping[str, Shard], part: int, parts: in
         for first, last in _runs(low - segment.start, high - segment.start, width):
             where = segment.start - begin
             yield FlatPiece(segment.name, where + first, where + last, _global_box(shard, first, last))
+
+
+def owned_pieces(
+    buckets: Sequence[Bucket], table: Mapping[str, Shard], part: int, parts: int
+) -> list[tuple[int, FlatPiece]]:
+    """All boxes in part ``part`` of ``parts`` of the buckets that this rank writes, in the order of ``table``, each
+    after the number of its bucket."""
+    order = {name: i for i, name in enumerate(table)}
+    found = [
+        (number, piece)
+        for number, bucket in enumerate(buckets)
+        if bucket.owner
+        for piece in flat_pieces(bucket, table, part, parts)
+    ]
+    return sorted(found, key=lambda item: (order[item[1].name], item[1].first))
 
 
 def _runs(first: int, last: int, width: int) -> Iterator[tuple[int, int]]:

@@ -175,7 +175,8 @@ struct Matrix {
   const float *signs;     // of each column
   const uint64_t *across;  // factors of the checksum, of each column; none without a checksum
   Keys keys;
-  double *blocks;  // [rows / height, blocks_stride], none without block sums
+  void *blocks;  // [rows / height, blocks_stride], none without block sums
+  bool narrow;   // they are float32
   int64_t blocks_stride, height, width, first_block;
 
   int64_t number(int64_t i) const { return in_turn ? numbers[0] + i : numbers[i]; }
@@ -267,8 +268,11 @@ struct Matrix {
       row = copy;
     }
     add_neighbours(row, m, width, room.joined);
-    double *sums = blocks + number(i) / height * blocks_stride + first_block + left / width;
-    for (int64_t b = 0; b < m / width; b++) sums[b] += room.joined[b];
+    const int64_t at = number(i) / height * blocks_stride + first_block + left / width, n = m / width;
+    if (narrow)
+      for (int64_t b = 0; b < n; b++) static_cast<float *>(blocks)[at + b] += room.joined[b];
+    else
+      for (int64_t b = 0; b < n; b++) static_cast<double *>(blocks)[at + b] += room.joined[b];
   }
 
   // Replaces the rows by copies in which what is not finite is 0, takes the extremes of the rest, and counts the former.
@@ -295,8 +299,9 @@ struct Matrix {
 
 // Of a matrix [n, m] whose rows have numbers in the tensor's (``rows`` [n], or [1], the first, where they count on):
 // sketch [chunks, K + 5], of which chunk c has the rows from starts[c] to starts[c + 1], and the checksum [chunks] modulo
-// 2^64; the first row of each is then that of all chunks. The checksum is the sum of (bits + 1) * across[j] * down[i], where ``across`` [m] is not empty; block sums, added to ``blocks``
-// where that is not empty, what is not finite as 0. keys: of the hashes of blocks, shifts, rows and down. Scalars:
+// 2^64; the first row of each is then that of all chunks. The checksum is the sum of (bits + 1) * across[j] * down[i],
+// where ``across`` [m] is not empty; block sums, added to ``blocks``, float64 or float32, where that is not empty, what is
+// not finite as 0. keys: of the hashes of blocks, shifts, rows and down. Scalars:
 // height and width of a block, number of the first block in a row.
 KERNEL(record_add, 7, 3, 3) {
   const View &x = in[0], &made = out[0], &blocks = out[2];
@@ -305,7 +310,7 @@ KERNEL(record_add, 7, 3, 3) {
   const bool in_turn = in[1].shape[0] == 1;
   const Matrix matrix{x.as<float>(), x.stride[0], width - 5, in[1].as<int64_t>(), in_turn,
                       in[4].as<uint8_t>(), in[5].as<float>(), in[6].shape[0] ? in[6].as<uint64_t>() : nullptr,
-                      {keys[0], keys[1], keys[2], keys[3]}, blocks.shape[0] ? blocks.as<double>() : nullptr,
+                      {keys[0], keys[1], keys[2], keys[3]}, blocks.shape[0] ? blocks.data : nullptr, blocks.dtype == F32,
                       blocks.shape[1], static_cast<int64_t>(scalar[0]), static_cast<int64_t>(scalar[1]), static_cast<int64_t>(scalar[2])};
   // Two chunks may add to the same block sums unless their rows count on: the height divides a block of the hash.
   const int64_t grain = matrix.blocks && !in_turn ? made.shape[0] : 1;

@@ -113,7 +113,7 @@ def fine_grid(shape: tuple[int, int]) -> Grid | None:
 
 def fitting_grids(shapes: Mapping[str, tuple[int, int]], room: int) -> dict[str, Grid]:
     """Grids by name, of the smallest blocks with which all fit into ``room`` bytes, and of half of these as many as
-    still do, from the first on."""
+    still do, from the smallest gradient on: so more tensors have them, and those of the vocabulary have them last."""
     fine = {name: grid for name, shape in shapes.items() if (grid := fine_grid(shape)) is not None}
     taken = sum(blocks_bytes(grid.blocks) for grid in fine.values())
     large = {name: shape for name, shape in shapes.items() if name not in fine}
@@ -131,8 +131,8 @@ def _fitting(shapes: Mapping[str, tuple[int, int]], room: int) -> dict[str, Grid
         if left >= 0:
             break
         size *= 2
-    for name, grid in found.items() if size > SMALLEST else ():
-        half = grid_of(shapes[name], size // 2)
+    for name in sorted(found, key=lambda n: math.prod(shapes[n])) if size > SMALLEST else ():
+        half, grid = grid_of(shapes[name], size // 2), found[name]
         more = 0 if half is None else blocks_bytes(half.blocks) - blocks_bytes(grid.blocks)
         if half is not None and more <= left:
             found[name], left = half, left - more

@@ -24,12 +24,13 @@ import numpy as np
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import new_folder, show_bytes
-from telechat_twins.core.files.safetensors import file_sha256
 from telechat_twins.core.parity.record.sketch import BUCKETS, LEAST_BUCKETS, Statistics
+from telechat_twins.core.parity.record.write import Parts, write_bytes, write_tensors
 from telechat_twins.core.types import JsonObject
 
 FORMAT, VERSION, READABLE = "tele-record", 3, (1, 2, 3)
 MAX_BYTES = 32_000_000  # of a record without its full tensors
+FILLED = 30_000_000  # to which sketches and block sums are made to fit
 KINDS = (
     "activation",
     "activation_grad",
@@ -118,7 +119,7 @@ def quantity(
         min=0.0 if empty else statistics.min,
         max=0.0 if empty else statistics.max,
         sketch=statistics.sketch,
-        blocks=None if blocks is None else blocks.astype(np.float32),
+        blocks=None if blocks is None else blocks.astype(np.float32, copy=False),
     )
 
 
@@ -166,12 +167,12 @@ class Record:
 
 
 def fitting_buckets(rows: int, trace_rows: int = 1) -> int:
-    """The largest K with which a record of ``rows`` quantities stays below MAX_BYTES.
+    """The largest K with which a record of ``rows`` quantities stays below FILLED.
 
     Raises UserError where none does.
     """
     buckets = BUCKETS
-    while estimated_bytes(rows, buckets, trace_rows) > MAX_BYTES:
+    while estimated_bytes(rows, buckets, trace_rows) > FILLED:
         buckets //= 2
         if buckets < LEAST_BUCKETS:
             raise UserError(
@@ -188,7 +189,7 @@ def estimated_bytes(rows: int, buckets: int, trace_rows: int = 1) -> int:
 
 def blocks_room(rows: int, buckets: int, trace_rows: int = 1) -> int:
     """Bytes that a record of ``rows`` quantities leaves for the block sums of gradients."""
-    return MAX_BYTES - estimated_bytes(rows, buckets, trace_rows)
+    return FILLED - estimated_bytes(rows, buckets, trace_rows)
 
 
 def write_record(
@@ -212,14 +213,15 @@ def write_record(
             raise ValueError(f"{row.key} does not fit the header: sketch {row.sketch.shape}, steps {header.steps}")
     with new_folder(path) as folder:
         text = "".join(json.dumps(_clean(row), allow_nan=False) + "\n" for row in rows)
-        (folder / TRACE).write_text(text, encoding="utf-8")
         entries = [{"kind": q.kind, "name": q.name, "step": q.step, "shape": q.shape, "dtype": q.dtype} for q in held]
-        (folder / TABLE).write_text(json.dumps({"quantities": entries}, separators=(",", ":")), encoding="utf-8")
-        _write_tensors(folder / SKETCHES, _columns(held, header.buckets))
+        listed = json.dumps({"quantities": entries}, separators=(",", ":"))
+        files = {
+            TRACE: write_bytes(folder / TRACE, [text.encode()]),
+            TABLE: write_bytes(folder / TABLE, [listed.encode()]),
+            SKETCHES: write_tensors(folder / SKETCHES, _columns(held, header.buckets)),
+        }
         if full:
-            _write_tensors(folder / FULL, full)
-        names = [TRACE, TABLE, SKETCHES, *([FULL] if full else [])]
-        files = {n: {"bytes": (folder / n).stat().st_size, "sha256": file_sha256(folder / n)} for n in names}
+            files[FULL] = write_tensors(folder / FULL, full)
         tree = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(header), "files": files}
         (folder / HEADER).write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         total = sum((folder / n).stat().st_size for n in (HEADER, TRACE, TABLE, SKETCHES))
@@ -235,24 +237,17 @@ def digest_of(value: object) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def _columns(held: Sequence[Quantity], buckets: int) -> dict[str, np.ndarray]:
+def _columns(held: Sequence[Quantity], buckets: int) -> dict[str, np.ndarray | Parts]:
     kinds = {"I64": np.int64, "F64": np.float64}
     columns = {name: np.array([getattr(q, name) for q in held], kinds[code]) for name, code in COLUMNS.items()}
     shapes = np.array([(0, 0) if q.blocks is None else q.blocks.shape for q in held], np.int64).reshape(-1, 2)
-    blocks = [q.blocks.reshape(-1) for q in held if q.blocks is not None]
+    blocks = [q.blocks for q in held if q.blocks is not None]
     return {
         **columns,
         "sketch": np.array([q.sketch for q in held], np.float64).reshape(len(held), buckets),
         **{name: np.ascontiguousarray(shapes[:, axis]) for axis, name in enumerate(BLOCKS)},
-        "blocks": np.concatenate(blocks or [np.zeros(0)], dtype=np.float32, casting="same_kind"),
+        "blocks": Parts(np.dtype(np.float32), (sum(b.size for b in blocks),), blocks),
     }
-
-
-def _write_tensors(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    from safetensors.numpy import save_file
-
-    # The library stores arrays that are not contiguous scrambled; ascontiguousarray makes a vector of a scalar.
-    save_file({n: np.ascontiguousarray(a).reshape(np.shape(a)) for n, a in tensors.items()}, path)
 
 
 def _clean(row: JsonObject) -> JsonObject:

@@ -15,7 +15,7 @@ from telechat_twins.core.config import RunConfig
 from telechat_twins.core.parallel.layout import Coord
 from telechat_twins.core.parallel.sequence import LocalBatch
 from telechat_twins.core.parallel.sharding import kv_copies, padded_rows
-from telechat_twins.core.parity.record.sites import Site, sites
+from telechat_twins.core.parity.record.sites import sites
 from telechat_twins.core.parity.record.sketch import in_turn
 from telechat_twins.core.parity.record.tally import Tally
 from telechat_twins.core.parity.record.window import Rows
@@ -42,9 +42,10 @@ class Observer:
         tally: Tally,
     ) -> None:
         self._model, self._layout, self._coord, self._tally = config.model, config.parallel, coord, tally
-        self._sites = {site.name: site for site in sites(config.model, config.lora)}
         self._rows, self._scale = rows, scale
         self._seq_len = batches[0].seq_len
+        self._shapes = {site.name: site.shape(rows, self._seq_len) for site in sites(config.model, config.lora)}
+        self._copies = kv_copies(self._model, self._layout)
         self._places = [batch.index for batch in batches]
         starts = np.cumsum([0, *(len(batch.input_ids) for batch in batches)])
         self._first = [first + int(start) for start in starts]
@@ -60,7 +61,7 @@ class Observer:
         if key in self._seen:
             return
         self._seen.add(key)
-        placed = self._columns(self._sites[site], array.shape[-1], gradient)
+        placed = self._columns(site, array.shape[-1], gradient)
         if placed is None:
             return
         column, width = placed
@@ -69,27 +70,25 @@ class Observer:
         if gradient and self._scale != 1.0:
             values = values / np.asarray(self._scale, values.dtype)
         kind = "activation_grad" if gradient else "activation"
-        shape = self._sites[site].shape(self._rows, self._seq_len)
         # Ranks that share a key head have equal keys, and each the part of their gradient that its own queries give.
-        summand = gradient and site.rpartition(".")[2] in _KEYS and kv_copies(self._model, self._layout) > 1
+        summand = gradient and self._copies > 1 and site.rpartition(".")[2] in _KEYS
         add = self._tally.add_summand if summand else self._tally.add
-        add(kind, site, shape, dtype, values, rows, column)
+        add(kind, site, self._shapes[site], dtype, values, rows, column)
 
-    def _columns(self, site: Site, width: int, gradient: bool) -> tuple[int, int] | None:
+    def _columns(self, site: str, width: int, gradient: bool) -> tuple[int, int] | None:
         """First column of a shard in the whole tensor, and how many of its columns count; None where another rank
         counts these values."""
         model, layout, t = self._model, self._layout, self._coord.tp
-        last = site.name.rpartition(".")[2]
-        if site.name == "logits":
+        last = site.rpartition(".")[2]
+        if site == "logits":
             first = t * padded_rows(model.vocab_size, layout.tp)
             return first, max(0, min(width, model.num_tokens - first))
         if last in _COLUMNS:
             return t * width, width
         if last in _KEYS:
-            copies = kv_copies(model, layout)
-            if t % copies and not gradient:
+            if t % self._copies and not gradient:
                 return None
-            return t // copies * width, width
+            return t // self._copies * width, width
         # The stream: a slice of the positions of each tensor rank, or a copy of it.
         return (0, width) if layout.sequence_parallel or t == 0 else None
 

@@ -32,8 +32,8 @@ class Given(NamedTuple):
     block: tuple[int, int, int]
 
 
-# Of a matrix [n, m], and of float64 block sums [R, C] to which its own are added, or None: float64 [K + 5] (K buckets,
-# then nonfinite, norm2, sum, min and max), only until the next call, and the checksum.
+# Of a matrix [n, m], and of block sums [R, C], float64 or float32, to which its own are added, or None: float64 [K + 5]
+# (K buckets, then nonfinite, norm2, sum, min and max), only until the next call, and the checksum.
 Prepared: TypeAlias = Callable[[np.ndarray, "np.ndarray | None"], tuple[np.ndarray, int]]
 
 

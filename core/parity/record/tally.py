@@ -22,7 +22,7 @@ from telechat_twins.core.files.safetensors import SafetensorsFile
 from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.parity.record.format import COLUMNS, Quantity, quantity, quantity_key
 from telechat_twins.core.parity.record.sketch import Statistics, matrix_shape
-from telechat_twins.core.parity.record.window import Rows, Windows, numbers_of
+from telechat_twins.core.parity.record.window import Rows, Window, Windows, numbers_of
 
 _OPTIONAL = ("doc_ids", "weights", "reference")
 
@@ -76,7 +76,9 @@ class Tally:
         window = self.windows.of(kind, name, shape, rows, column, array.shape[1])
         entry, blocks = self.entries.get(key), None
         if window.grid is not None:
-            blocks = np.zeros(window.grid.blocks) if entry is None else entry.blocks
+            blocks = self._blocks(window) if entry is None else entry.blocks
+            if entry is not None and blocks is not None and blocks.dtype != window.sums_dtype:
+                blocks = entry.blocks = blocks.astype(np.float64, copy=False)
         found, check = window.add(array, blocks)
         if entry is None:
             self.entries[key] = _Entry(window.projection.shape, dtype, found, blocks)
@@ -86,6 +88,12 @@ class Tally:
             self.checksums[name] = (self.checksums.get(name, 0) + check) % (1 << 64)
         if self.full and any(fnmatch.fnmatchcase(text, pattern) for pattern in self.full for text in (name, key)):
             self.parts.setdefault(key, []).append(Part(np.array(array), np.array(numbers_of(rows)), column))
+
+    @staticmethod
+    def _blocks(window: Window) -> np.ndarray:
+        """Room for the block sums of a tensor, of which ``window`` is the first part."""
+        assert window.grid is not None
+        return np.zeros(window.grid.blocks, window.sums_dtype)
 
     def add_summand(
         self, kind: str, name: str, shape: Sequence[int], dtype: str, array: np.ndarray, rows: Rows, column: int
@@ -194,6 +202,8 @@ def read_share(path: Path, step: int, buckets: int) -> Tally:
 
 def join_tallies(tallies: Sequence[Tally]) -> Tally:
     """All ranks' tallies of a step as one, added in the order of ranks."""
+    if len(tallies) == 1 and not tallies[0].summands:
+        return tallies[0]
     whole = Tally(tallies[0].step, tallies[0].windows, full=tallies[0].full)
     for tally in tallies:
         for key, entry in tally.entries.items():

@@ -39,7 +39,7 @@ class Window:
 
     def add(self, array: np.ndarray, blocks: np.ndarray | None = None) -> tuple[Statistics, int]:
         """Statistics and checksum (0 unless ``checked``) of ``array`` [n, m], of any float dtype; its block sums are
-        added to ``blocks`` float64 [grid.blocks]."""
+        added to ``blocks`` [grid.blocks], float64 or ``sums_dtype``."""
         if self._prepared is not None and self.sums is not None and self.sums.serves(array):
             made, check = self._prepared(array, blocks if self._blocked else None)
             if blocks is not None and self.grid is not None and not self._blocked:
@@ -52,6 +52,12 @@ class Window:
             self.grid.add(blocks, array, rows, self.column)
         found = self.projection.slice(array, rows, self.column)
         return found, checksum(self.projection.name, array, rows, self.column) if self.checked else 0
+
+    @cached_property
+    def sums_dtype(self) -> np.dtype:
+        """What holds the block sums: float32, as a record does, where each is made at once of whole blocks of one row,
+        and float64 where several parts are added."""
+        return np.dtype(np.float32 if self._blocked and self.grid is not None and self.grid.height == 1 else np.float64)
 
     @cached_property
     def _blocked(self) -> bool:

@@ -26,6 +26,7 @@ from telechat_twins.core.parity.record.sites import sites
 from telechat_twins.core.parity.record.sketch import BUCKETS, Projection
 from telechat_twins.core.parity.record.take import Wanted, rehearse
 from telechat_twins.core.parity.record.taps import Taps, TensorOps
+from telechat_twins.core.parity.record.write import Parts, write_tensors
 from tests.support.records import sketched, synthetic_record
 
 
@@ -49,6 +50,22 @@ def test_a_record_is_read_as_it_was_written(written):
         assert found.quantities[key] == row and key == row.key
         np.testing.assert_array_equal(found.quantities[key].sketch, row.sketch)
     assert sum(file.stat().st_size for file in written.path.iterdir()) < 1_000_000
+
+
+def test_a_tensor_of_parts_is_what_the_library_writes_whole(tmp_path):
+    parts = [np.arange(12, dtype=np.float32).reshape(3, 4), np.full((2, 1), 7, np.float32)]
+    tensors = {"count": np.arange(3), "scalar": np.array(2.5), "turned": np.arange(6.0).reshape(2, 3).T}
+    made = write_tensors(tmp_path / "x", {"blocks": Parts(np.dtype(np.float32), (14,), parts), **tensors})
+    assert made == {"bytes": (tmp_path / "x").stat().st_size, "sha256": read.file_sha256(tmp_path / "x")}
+    found = load_file(tmp_path / "x")
+    expected = tensors | {"blocks": np.concatenate([part.reshape(-1) for part in parts])}
+    assert found.keys() == expected.keys()
+    for name, values in expected.items():
+        assert found[name].dtype == values.dtype
+        np.testing.assert_array_equal(found[name], values)
+    for shape, dtype in (((15,), np.float32), ((14,), np.float64)):
+        with pytest.raises(ValueError, match="do not make"):
+            write_tensors(tmp_path / "y", {"blocks": Parts(np.dtype(dtype), shape, parts)})
 
 
 def test_full_tensors_stand_beside_the_sketches(written, tmp_path, monkeypatch):

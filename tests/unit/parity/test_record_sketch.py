@@ -29,6 +29,9 @@ from telechat_twins.core.parity.record.sketch import (
     merged,
     mixed,
 )
+from telechat_twins.core.parity.record.tally import Tally
+from telechat_twins.core.parity.record.window import Windows
+from telechat_twins.kernels.sums import open_sums
 
 TRIALS = 1000
 
@@ -248,6 +251,40 @@ def test_small_tensors_and_vectors_have_fine_blocks_where_there_is_room():
     for room in (1 << 16, 1 << 12):
         again = {q.name: q.blocks.shape for q in fitted(made, room) if q.blocks is not None}
         assert again == held[room]
+
+
+def test_small_gradients_have_small_blocks_first():
+    shapes = {"embed": (1024, 64), "gate": (256, 64), "q": (64, 64), "head": (1024, 64)}
+    shapes = {name: (rows, 2 * columns) for name, (rows, columns) in shapes.items()}
+    eighth = sum(rows * columns // 8 * 4 for rows, columns in shapes.values())
+    for room, fine in ((eighth, ()), (eighth + 64 * 128, ("q",)), (eighth + 320 * 128, ("q", "gate"))):
+        found = fitting_grids(shapes, room)
+        assert {name for name, grid in found.items() if grid.width == 4} == set(fine), room
+
+
+@pytest.mark.parametrize("compiled", [True, False], ids=["compiled", "numpy"])
+def test_block_sums_of_single_rows_are_those_of_float64_rounded_once(compiled):
+    sums = open_sums() if compiled else None
+    if compiled and sums is None:
+        pytest.skip("no C++ compiler")
+    shape, random = (200, 64), np.random.default_rng(10)
+    values = random.standard_normal(shape).astype(np.float32)
+    values[3, 5] = np.inf
+    grid = Grid(1, 4, shape)
+    windows, tally = Windows(256, grids={"w": grid}, sums=sums), Tally(1)
+    tally.windows = windows
+    for first, last in ((0, 16), (16, 64)):  # of two ranks that hold whole blocks
+        tally.add_box("gradient", "w", shape, values[:, first:last], (0, first))
+    blocks, exact = tally.entries["gradient:w@1"].blocks, np.zeros(grid.blocks)
+    grid.add(exact, values, np.arange(200), 0)
+    assert blocks is not None and blocks.dtype == np.float32
+    np.testing.assert_array_equal(blocks, exact.astype(np.float32))
+    uneven = Tally(1, windows)  # a block in two parts is added in float64
+    for first, last in ((0, 8), (8, 18), (18, 64)):
+        uneven.add_box("gradient", "w", shape, values[:, first:last], (0, first))
+    blocks = uneven.entries["gradient:w@1"].blocks
+    assert blocks is not None and blocks.dtype == np.float64
+    np.testing.assert_allclose(blocks, exact, rtol=0, atol=1e-6)
 
 
 def signature(a: Statistics, b: Statistics) -> float:
