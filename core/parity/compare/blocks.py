@@ -34,10 +34,14 @@ def block_sums(keys: Sequence[str], records: Mapping[str, Record]) -> dict[int, 
     return found
 
 
-def worst_block(sums: BlockSums, one: str, judge: str, third: str | None, share: float) -> tuple[float, float]:
+def worst_block(
+    sums: BlockSums, one: str, judge: str, third: str | None, share: float, usual: bool = False
+) -> tuple[float, float]:
     """(largest difference of ``one`` from ``judge`` in a block, for its limit; that limit), not relative.
 
-    ``third``: the side whose errors may be as uneven. ``share``: of the sum of a block itself that may be its error.
+    ``third``: the side whose errors may be as uneven. ``share``: of the sum of a block that may be its error;
+    ``usual``: of what its row and column let expect, where that is more, as sides that are equal but for a few
+    roundings need.
     """
     apart, size = np.abs(sums[one] - sums[judge]), np.abs(sums[judge])
     uneven = BLOCK_PEAK
@@ -46,7 +50,8 @@ def worst_block(sums: BlockSums, one: str, judge: str, third: str | None, share:
         uneven = max(uneven, float(_over(other, expected(other)).max()))
     elif size.size <= LARGE or min(size.shape) < LEAST_SIDE:
         uneven = max(uneven, float(size.max()) / (_of_others(size) or 1.0))
-    limit = np.maximum(PEAK_FACTOR * uneven * expected(apart), max(share, _STORED) * size)
+    scale = np.maximum(size, expected(size)) if usual else size
+    limit = np.maximum(PEAK_FACTOR * uneven * expected(apart), max(share, _STORED) * scale)
     worst = int(_over(apart, limit).argmax())
     return float(apart.reshape(-1)[worst]), float(limit.reshape(-1)[worst])
 

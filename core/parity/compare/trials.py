@@ -138,16 +138,24 @@ class _Measures(ABC):
         return Trial("single element", label, found.largest, limit, source)
 
     def in_blocks(
-        self, whole: Trial, limits: np.ndarray, found: Differences, one: str, judge: str, third: str | None
+        self,
+        whole: Trial,
+        limits: np.ndarray,
+        found: Differences,
+        one: str,
+        judge: str,
+        third: str | None,
+        usual: bool = False,
     ) -> Trial:
-        """The single elements of gradients that have block sums by these; ``limits``: of the distances."""
+        """The single elements of gradients that have block sums by these; ``limits``: of the distances; ``usual``: see
+        worst_block."""
         if not self.part.blocks or self.later:
             return whole
         value, limit = whole.value.copy(), whole.limit.copy()
         shares = np.minimum(limits, BLOCK_SHARE * np.maximum(found.smooth, self.rule_of[one].floor))
         for number, sums in self.part.blocks.items():
             norm = self.part.sides[judge].norm[number] or self.part.sides[one].norm[number]
-            error, allowed = worst_block(sums, one, judge, third, float(shares[number]))
+            error, allowed = worst_block(sums, one, judge, third, float(shares[number]), usual)
             value[number], limit[number] = (error / norm, allowed / norm) if norm else (0.0, 0.0)
         return Trial(whole.measure, whole.side, value, limit, f"{whole.source}; where there are block sums, {BLOCKS}")
 
@@ -211,6 +219,18 @@ class _Against(_Measures):
                 if other:
                     yield self.factors(name, other)
             yield self.nonfinite(name, self.judge, name)
+        if self.part.blocks and len(self.names) == 2 and len(set(self.precision.values())) == 1:
+            yield self.between()
+
+    def between(self) -> Trial:
+        """Single elements of gradients by which two sides of one precision differ: backends that sum in the same order
+        make the same rounding, beside which an error is seen that the reference's is too far away for."""
+        found = self.apart("a", "b")
+        one, other = self.rule_of["a"], self.rule_of["b"]
+        limits = self.most * rules.pair_limit(one, other, _median(found.distance))
+        nothing = np.zeros(len(limits))
+        whole = Trial("single element", "apart", nothing, nothing + np.inf, "of gradients with block sums")
+        return self.in_blocks(whole, limits, found, "a", "b", None, usual=True)
 
     def rounded_weights(self, name: str) -> Trial:
         """Equal weights before the first step differ by the rounding of what they are stored in."""

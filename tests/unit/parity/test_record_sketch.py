@@ -237,6 +237,31 @@ def test_a_single_wrong_element_of_a_vector_is_seen(size):
         assert seen >= 0.95 * (TRIALS // 10), (third, seen)
 
 
+def test_sides_that_round_alike_show_an_element_that_their_distance_from_the_reference_hides():
+    """Two sides are equal but for roundings of a few elements, one of which is a large part of a block's small sum."""
+    random, shape = np.random.default_rng(9), (256, 512)
+    gradient = random.standard_normal(shape)
+    gradient[7, 4:8] = 1.0, -0.9999, 0.5, -0.5
+    rounded = gradient + 40 * 2.0**-24 * random.standard_normal(shape)
+    other = rounded.copy()
+    other[7, 4] += 2.0**-24
+    other[::50, ::40] *= 1 + 2.0**-24
+    sides = {"a": rounded, "b": other, "reference": gradient}
+    sums = {name: x.reshape(256, 128, 4).sum(2) for name, x in sides.items()}
+    share = 32 * 2.0**-24
+    assert np.greater(*worst_block(sums, "a", "b", None, share)), "a rounding is an error beside the block's small sum"
+    assert np.less(*worst_block(sums, "a", "b", None, share, usual=True))
+    hidden = 0
+    for _ in range(TRIALS // 10):
+        at = tuple(random.integers(n) for n in shape)
+        wrong = sums["a"].copy()
+        wrong[at[0], at[1] // 4] += 1e-3 * math.copysign(max(abs(gradient[at]), 1e-2), gradient[at])
+        changed = sums | {"a": wrong}
+        assert np.greater(*worst_block(changed, "a", "b", None, share, usual=True)), at
+        hidden += not np.greater(*worst_block(changed, "a", "reference", "b", share))
+    assert hidden > 0
+
+
 def test_small_tensors_and_vectors_have_fine_blocks_where_there_is_room():
     shapes = {"bias": (1, 8192), "gain": (1, 512), "q": (512, 512), "small": (32, 64)}
     fine = {"bias": (1, 2048), "gain": (1, 512), "small": (32, 64)}
