@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from telechat_twins.core.eval.iq.items import Draw, IQOptions, Item, Suite, examples, scores
 
@@ -37,10 +37,27 @@ def full_repeating(draw: Draw, options: IQOptions, language: str) -> Item:
 
 
 def head_slicing(draw: Draw, options: IQOptions, language: str) -> Item:
-    """The first characters of the input, as many in all examples."""
-    kept = draw.between(options.sliced)
-    longer = (max(options.length[0], kept + 1), max(options.length[1], kept + 2))
-    return _item([(text, text[:kept]) for text in _different(draw, options.letters, longer)], language)
+    """The first characters of the input, as many in all examples. Drawn again where the examples fit another rule with
+    another answer, too: all but as many at the end, or half of the input."""
+    while True:
+        kept = draw.between(options.sliced)
+        longer = (max(options.length[0], kept + 1), max(options.length[1], kept + 2))
+        pairs = [(text, text[:kept]) for text in _different(draw, options.letters, longer)]
+        if slices(pairs[:-1], pairs[-1][0]) == {pairs[-1][1]}:
+            return _item(pairs, language)
+
+
+def slices(pairs: Sequence[tuple[str, str]], question: str) -> set[str]:
+    """The answers to ``question`` of all rules of slicing that explain every example: the first n characters, all but
+    the last n, half of them rounded down or up."""
+    text, out = pairs[0]
+    kept, cut = len(out), len(text) - len(out)
+    rules: list[Callable[[int], int]] = [lambda n: kept, lambda n: n - cut, lambda n: n // 2, lambda n: (n + 1) // 2]
+    return {
+        question[: max(rule(len(question)), 0)]
+        for rule in rules
+        if all(text[: rule(len(text))] == out for text, out in pairs)
+    }
 
 
 def _inputs(draw: Draw, options: IQOptions) -> list[str]:

@@ -61,8 +61,9 @@ def solve_repeating(prompt: str) -> set[str]:
 
 def solve_slicing(prompt: str) -> set[str]:
     shown, question = blocks(prompt)
-    counts = {n for n in range(1, 20) if all(out == text[:n] and len(text) > n for text, out in shown)}
-    return {question[:n] for n in counts}
+    rules = [lambda text, n=n: text[:n] for n in range(1, 20)] + [lambda text, n=n: text[:-n] for n in range(1, 20)]
+    rules += [lambda text: text[: len(text) // 2], lambda text: text[: -(-len(text) // 2)]]
+    return {rule(question) for rule in rules if all(out == rule(text) != text for text, out in shown)}
 
 
 def solve_keys(prompt: str) -> set[str]:
