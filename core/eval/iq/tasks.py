@@ -81,12 +81,18 @@ def write_tasks(
             return list(made)
         raise UserError(f"{folder}: holds something else than these tasks; remove it or give another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    for name, (items, _) in made.items():
-        lines = [{"prompt": item.prompt, "answer": item.answer, "choices": list(item.choices)} for item in items]
-        write_text(folder / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
-        write_text(folder / f"{name}.yaml", json.dumps(_task(name, folder, items), indent=1) + "\n")  # JSON is YAML
-    write_text(folder / "iq.yaml", json.dumps({"group": "iq", "task": list(made)}, indent=1) + "\n")
-    write_text(folder / "manifest.json", manifest)  # last: it stands for the whole folder
+    try:
+        for name, (items, _) in made.items():
+            lines = [{"prompt": item.prompt, "answer": item.answer, "choices": list(item.choices)} for item in items]
+            write_text(folder / f"{name}.jsonl", "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+            write_text(folder / f"{name}.yaml", json.dumps(_task(name, folder, items), indent=1) + "\n")  # JSON is YAML
+        write_text(folder / "iq.yaml", json.dumps({"group": "iq", "task": list(made)}, indent=1) + "\n")
+        write_text(folder / "manifest.json", manifest)  # last: it stands for the whole folder
+    except BaseException:  # of a full disk or Ctrl-C: a part of the tasks would be refused when they are written again
+        for name in [*made, "iq"]:
+            for kind in ("jsonl", "yaml"):
+                (folder / f"{name}.{kind}").unlink(missing_ok=True)
+        raise
     return list(made)
 
 

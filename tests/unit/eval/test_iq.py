@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import resource
 from collections.abc import Callable
 from pathlib import Path
 
@@ -224,6 +225,18 @@ def test_a_folder_of_tasks_has_a_manifest(tmp_path: Path) -> None:
         write_tasks(tmp_path / "tasks", IQOptions(seed=1), 3)
     with pytest.raises(UserError, match="has none of boolq.jsonl"):
         write_tasks(tmp_path / "more", IQOptions(), 3, ["en"], tmp_path / "tasks")
+
+
+def test_a_full_disk_leaves_no_part_of_the_tasks(tmp_path: Path) -> None:
+    folder, before = tmp_path / "tasks", resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (700, before[1]))
+        with pytest.raises(UserError, match="a file-size limit was exceeded"):
+            write_tasks(folder, IQOptions(), 3, ["en"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert list(folder.iterdir()) == []
+    assert write_tasks(folder, IQOptions(), 3, ["en"])
 
 
 def test_a_suite_with_too_few_items_says_so() -> None:
