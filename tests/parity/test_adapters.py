@@ -66,7 +66,8 @@ def test_peft_computes_the_same(backend: str, case: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_merged_is_unmerged(backend: str, case: str) -> None:
     source = golden_model(case)
-    adapter = random_adapter(source, modules(source.config, rank=3, alpha=1.5))
+    chosen = modules(source.config, rank=3, alpha=1.5)
+    adapter = random_adapter(source, chosen | modules(source.config, ("q", "down"), rank=5, alpha=2.0))
     ids = [token % source.config.vocab_size for token in golden_ids()]
     apart = logits(runner(backend, source, [adapter]), ids, 1)
     together = logits(runner(backend, MergedSource(source, adapter), []), ids, 0)

@@ -70,7 +70,8 @@ dp2:bf16 tp2:bf16 ring2:bf16 pp2:bf16 tp2:amp
 dp2:flm tp2:flm pp2:flm+tied tp2:flm+full tp2:flm+bf16
 dp2:mup tp2:mup pp2:flm+tied+mup
 dp2:grown tp2:grown tp2.nosp:grown+full ring2:grown pp2:grown
-dp2:weights ring2:weights+gather pp2:weights dp2:pairs tp2:pairs ring2:pairs pp2:pairs+lora
+dp2:weights ring2:weights+gather pp2:weights dp2:pairs tp2:pairs ring2:pairs
+dp2:pairs+lora+frozen tp2:pairs+lora+frozen ring2:pairs+lora pp2:pairs+lora+frozen
 pp2.vpp2:pairs+fp64
 tp2:flm+grown tp2:zero pp2:tied+zero
 dp2:lora tp2:lora tp2.nosp:lora ring2:lora pp2:lora tp2:flm+lora+full
@@ -84,7 +85,7 @@ tp2.ulysses2 tp2.pp2 tp2.pp2.vpp2
 ring2.ulysses2 ring2.pp2 ring2.pp2.vpp2 ulysses2.pp2 ulysses2.pp2.vpp2
 tp4 tp4.nosp:tied tp2.pp2.nosp:tied dp2.pp2.nozero:tied ring4:zigzag tp2.ring2:bf16 dp2.pp2:bf16
 tp2.pp2:lora+selective tp4:lora tp2.pp2:lora+fp64
-tp2.pp2:pairs tp2.ring2:pairs tp4:grown tp4:tied+zero
+tp2.pp2:pairs+lora+frozen tp2.ring2:pairs tp4:grown tp4:tied+zero
 tp2.ring2:fp64 dp2.pp2.vpp2:fp64 tp4:flm+fp64 ring2.ulysses2:gather+fp64 tp2.pp2:flm+grown+selective+fp64
 """
 # Of these the first update is recorded: every axis, and what a site's place in its whole tensor depends on.
@@ -119,9 +120,9 @@ class Case:
     (stages of 3 and 1 layers); zigzag and gather (documents kept apart, of lengths that fit a zigzag or not); full and
     selective recompute; flm (another family's operators); mup (matrix-like parameters have their own rate and decay);
     grown (in the middle of growth by masks); zero (norms that count some channels only, as growth without masks leaves
-    them); weights (token losses with weights); pairs (preference pairs); lora (adapters with dropout on every linear);
-    frozen (embedding and first blocks); a precision (fp64: every number within 1e-12 of PyTorch's float64 on one
-    device)."""
+    them); weights (token losses with weights); pairs (preference pairs); lora (adapters with dropout on every linear,
+    of several ranks and alphas, rank-stabilised); frozen (embedding and first blocks); a precision (fp64: every number
+    within 1e-12 of PyTorch's float64 on one device)."""
 
     text: str
 
@@ -159,7 +160,12 @@ class Case:
     @property
     def lora(self) -> LoraConfig | None:
         targets = [name for name in TARGETS if name != "gate" or "flm" not in self.words]
-        return LoraConfig(rank=3, alpha=4.5, dropout=0.2, targets=targets) if "lora" in self.words else None
+        if "lora" not in self.words:
+            return None
+        ranks, alphas = {"v": 2, "layers.1.ffn.*": 5}, {"o": 2.0, "layers.0.attn.q": 6.0}
+        return LoraConfig(
+            rank=3, alpha=4.5, dropout=0.2, targets=targets, rank_pattern=ranks, alpha_pattern=alphas, use_rslora=True
+        )
 
     @property
     def reference(self) -> tuple[ModelConfig, str, OptimConfig, frozenset[str]]:
