@@ -49,7 +49,18 @@ def adopt_growth(checkpoint: Checkpoint, config: RunConfig) -> RunConfig:
     """``config`` with the masks of the model that the checkpoint holds: they are state, not configuration."""
     written = checkpoint.model["config"].get("growth")
     growth = None if written is None else from_mapping(GrowthMask, written, f"{checkpoint.path / 'model.json'}: growth")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, growth=growth))
+    try:
+        model = dataclasses.replace(config.model, growth=growth)
+    except UserError as error:  # the masks are of a larger model than the config's
+        way = _own_model(checkpoint)
+        raise UserError(f"model: not the grown model of {checkpoint.path} ({error}); {way}") from None
+    return dataclasses.replace(config, model=model)
+
+
+def _own_model(checkpoint: Checkpoint) -> str:
+    """The end of a message about another model than the checkpoint's: where to take its model from."""
+    file = checkpoint.path / "assets" / "model.yaml"
+    return f"use its own, --set model={file}" if file.is_file() else "use the config it was trained with"
 
 
 def require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
@@ -61,7 +72,7 @@ def require_same_model(checkpoint: Checkpoint, config: RunConfig) -> None:
     differing = differences(written, config.model.to_dict())
     if differing:
         raise UserError(
-            f"model: not the model of {checkpoint.path}: {'; '.join(differing[:3])}; use the config it was trained with"
+            f"model: not the model of {checkpoint.path}: {'; '.join(differing[:3])}; {_own_model(checkpoint)}"
         )
 
 

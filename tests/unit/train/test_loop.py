@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from telechat_twins.core.files.safetensors import file_sha256
 from telechat_twins.core.train import loop, records, script
 from telechat_twins.core.train.health import TrainingStopped
 from telechat_twins.core.train.metrics import MEASURED, read_metrics
+from telechat_twins.core.train.resume import adopt_growth
 from telechat_twins.core.train.track.tags import TAGS
 from tests.support.numpy_stepper import SEQ_LEN, MemoryBlend, NumpyStepper, run_config
 
@@ -85,6 +87,21 @@ def test_a_run_that_is_further_than_its_config_says_that_nothing_is_left(tmp_pat
     shown = capsys.readouterr().err
     assert "plan        0 of 3 steps" in shown and "0 tokens to go" in shown
     assert "note: train.steps is 3, so nothing is left to train" in shown and "learning rate" not in shown
+
+
+def test_a_grown_checkpoint_names_the_file_of_its_model(tmp_path):
+    config, model = run_config(train__steps=3), tmp_path / "assets" / "model.yaml"
+    masks = {"mask": 0.0, "start_step": 0, "anneal_steps": 5, "new_layers": [99]}
+    masks |= {
+        name: getattr(config.model, name) for name in ("hidden_size", "ffn_hidden_size", "num_heads", "num_kv_heads")
+    }
+    grown = SimpleNamespace(path=tmp_path, model={"config": {**config.model.to_dict(), "growth": masks}})
+    with pytest.raises(UserError, match="^model: not the grown model of .* use the config it was trained with$"):
+        adopt_growth(grown, config)
+    model.parent.mkdir()
+    model.touch()
+    with pytest.raises(UserError, match=f"outside the model's .* use its own, --set model={model}$"):
+        adopt_growth(grown, config)
 
 
 def test_micro_batches_do_not_change_the_gradient(tmp_path):
