@@ -42,7 +42,7 @@ help:
 	@echo "make soak       2,000 mixed requests and 5,000 invalid ones against the server (1 minute)"
 	@echo "make campaigns  kills, corruption, hostile inputs, random equivalence, memory; CAMPAIGN_ARGS reach each (an evening)"
 	@echo "make mutation   plant every fault of the catalogue in both twins; the share that the suite's bounds see (10 minutes)"
-	@echo "make locate     name the operator and layer of 90 planted faults in each twin, from records (6 minutes)"
+	@echo "make locate     name the operator and layer of 104 planted faults in each twin, from records (6 minutes)"
 	@echo "make record-trials  sketches' error bars and single wrong elements of gradients, 1,000 trials each (4 minutes)"
 	@echo "make record-cost  what a recorded step takes beside a plain one, in both frameworks; CAMPAIGN_ARGS='--rows 1' (2 minutes)"
 	@echo "make relay      runs that change framework, layout, length, size or adapter midway, against their envelope (an hour)"

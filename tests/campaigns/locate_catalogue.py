@@ -384,6 +384,57 @@ operator_fault(
 )
 
 
+linear_fault(
+    "k of the position before",
+    "layers.0.attn.k",
+    lambda f, real, x, w, b, c: f.rolled(real(x, w, b, c), 1, x.shape[1] - 1),
+)
+linear_fault(
+    "gate's weight gradient of half the positions",
+    "layers.0.ffn.gate",
+    lambda f, real, x, w, b, c: f.joined(
+        [
+            real(f.part(x, 1, 0, x.shape[1] // 2), w, b, c),
+            real(f.part(x, 1, x.shape[1] // 2, x.shape[1]), f.constant(w), b, c),
+        ],
+        1,
+    ),
+    backward=True,
+)
+linear_fault(
+    "q's input without its gradient",
+    "layers.1.attn.q",
+    lambda f, real, x, w, b, c: real(f.frozen(x), w, b, c),
+    backward=True,
+)
+operator_fault("stream scaled by 1 + 1e-5", "add", "add", "layers.1", lambda f, real, x, y: real(x * (1 + 1e-5), y))
+operator_fault(
+    "gate's slope of the identity",
+    "swiglu",
+    "swiglu",
+    "layers.0.ffn.act",
+    lambda f, real, g, u, s: real(f.constant(g), u, s) + (g - f.constant(g)) * u,
+    backward=True,
+)
+operator_fault(
+    "gain's gradient of one row of the batch",
+    "rms_norm",
+    "rms_norm",
+    "layers.1.attn_norm",
+    lambda f, real, x, w, *r: f.joined(
+        [real(f.part(x, 0, 0, 1), w, *r), real(f.part(x, 0, 1, x.shape[0]), f.constant(w), *r)], 0
+    ),
+    backward=True,
+)
+operator_fault(
+    "first position's logits of the second",
+    "cross_entropy",
+    "cross_entropy",
+    "loss",
+    lambda f, real, x, t: real(f.joined([f.part(x, -2, 1, 2), f.part(x, -2, 1, x.shape[-2])], -2), t),
+)
+
+
 # Layer norms, gelu, xPos and biases of FLM-101B.
 def _flm(name: str, function: str, operator: str, site: str, wrong: Any, backward: bool = False) -> None:
     operator_fault(name, function, operator, site, wrong, backward=backward, preset="flm-tiny")
