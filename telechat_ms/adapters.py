@@ -15,10 +15,12 @@ from telechat_twins.telechat_ms.weights import submodule, to_tensor
 
 
 class StepAdapters:
-    """The adapters of the present step, ``used``: number and mask [1, N, 1] of its tokens, None for all of them."""
+    """The adapters of the present step, ``used``: number and mask [1, N, 1] of its tokens, None for all of them.
+    ``held``: of all adapters, the pairs of LinearAdapters by the linear's logical name."""
 
-    def __init__(self, compute: ms.Type) -> None:
+    def __init__(self, adapters: int, compute: ms.Type) -> None:
         self.compute = compute
+        self.held: list[dict[str, tuple[Tensor, Tensor]]] = [{} for _ in range(adapters)]
         self.used: list[tuple[int, Tensor | None]] = []
 
     def place(self, owners: np.ndarray) -> None:
@@ -48,7 +50,7 @@ class LinearAdapters:
 
 def apply_adapters(model: Decoder, adapters: Sequence[ReadPair]) -> StepAdapters:
     """Put adapters, numbered from 1, beside the linear layers of a model or of a part of one."""
-    step = StepAdapters(model.dtypes.compute)
+    step = StepAdapters(len(adapters), model.dtypes.compute)
     for name in model.names:
         linear, _, kind = name.rpartition(".")
         if kind != "weight" or not name.startswith("layers."):
@@ -59,6 +61,8 @@ def apply_adapters(model: Decoder, adapters: Sequence[ReadPair]) -> StepAdapters
             assert isinstance(layer, Linear)
             pairs = {number: (_placed(pair.a, step), _placed(pair.b, step)) for number, pair in found.items()}
             layer.served = LinearAdapters(pairs, step)
+            for number, placed in pairs.items():
+                step.held[number - 1][linear] = placed
     return step
 
 

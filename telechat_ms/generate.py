@@ -65,7 +65,7 @@ class Runner:
             apply_ring_pages(self.model, pages_of_rank(num_pages, mesh.cp.size), page_size, mesh.cp)
         # Steps of few tokens in one call, where it serves.
         self.program = None
-        if mesh is None and not adapters:
+        if mesh is None:
             dtypes = self.model.dtypes
             caches = [block.attn.core for block in self.model.layers.values()]
             self.program = decoder_program(
@@ -73,6 +73,7 @@ class Runner:
                 (dtypes.weight, dtypes.compute, dtypes.residual),
                 lambda name: held_weight(self.model, name),
                 [(cache.k, cache.v) for cache in caches],
+                () if self._adapters is None else self._adapters.held,
             )
         self._rows = RotaryRows(config, np.float64 if self.model.dtypes.stat == ms.float64 else np.float32)
 

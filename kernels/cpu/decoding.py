@@ -3,7 +3,9 @@
 The kernels are those that MindSpore's operators call one by one, in their order, so that the bits are the same; what is
 saved is the time between them, of Python and of a framework, which for one row is as long as the kernels. Which kernels
 there are, and with which biases, follows from the model's table of parameters. float32, bfloat16, float16, and int8
-matrices; a model between two sizes, with adapters or over several ranks runs operator by operator.
+matrices; a model between two sizes or over several ranks runs operator by operator. Sequences with low-rank adapters
+(core.inference.adapters) go through a program of their adapter's while they all have the same; a pass over all weights
+for each of several takes longer than one pass operator by operator.
 
 N tokens, W of them wanted, E hidden, H heads, K kv heads, D head dim, F ffn, V vocabulary.
 """
@@ -47,6 +49,9 @@ class Matrix(NamedTuple):
 
 Held = Callable[[str], Matrix]  # a parameter by its logical name
 Pages = Sequence[tuple[Memory, Memory]]  # keys and values [P, size, K, D] of each block
+LowRank = Mapping[
+    str, tuple[Memory, Memory]
+]  # A [r, in] and scale B [out, r] of an adapter, by a linear's logical name
 
 
 def serves(config: ModelConfig, dtypes: Sequence[str]) -> bool:
@@ -60,26 +65,50 @@ class DecoderPrograms:
     """One decoder with its weights and pages: a program of the kernels of few rows and, but in float16, another whose
     products take any number, as MindSpore's operators have them."""
 
-    def __init__(self, library: ctypes.CDLL, config: ModelConfig, dtype: str, held: Held, pages: Pages) -> None:
+    def __init__(
+        self,
+        library: ctypes.CDLL,
+        config: ModelConfig,
+        dtype: str,
+        held: Held,
+        pages: Pages,
+        adapters: Sequence[LowRank] = (),
+    ) -> None:
         """``held`` gives every parameter of core.model.params.parameter_table, vectors and dense matrices in ``dtype``,
-        one of DTYPES, as the pages are. ValueError for others."""
+        one of DTYPES, as the pages and ``adapters`` are, which are numbered from 1. ValueError for others."""
         table = parameter_table(config)
         self.matrices = {name: _checked(name, held(name), spec.shape, dtype) for name, spec in table.items()}
         self.pages = [_checked_pages(pair, config, dtype) for pair in pages]
         kinds = (False,) if dtype == "float16" else (False, True)
-        self._programs = [DecoderProgram(library, config, dtype, self.matrices, self.pages, kind) for kind in kinds]
+        for adapter in adapters:
+            for name, pair in adapter.items():
+                _check_low_rank(name, pair, table[f"{name}.weight"].shape, dtype)
+        # By adapter, the model alone first.
+        self._programs = [
+            [DecoderProgram(library, config, dtype, self.matrices, self.pages, kind, adapter) for kind in kinds]
+            for adapter in ({}, *adapters)
+        ]
 
     def takes(self, step: Step) -> bool:
-        """Whether there is a program for as many tokens as these."""
-        return any(program.takes(step) for program in self._programs)
+        """Whether there is a program for as many tokens as these, all with one adapter or none."""
+        return self._program(step) is not None
 
     def run(self, step: Step, rope: Sequence[np.ndarray]) -> np.ndarray:
         """Logits [W, V] float32; ``rope``: cos, sin and, with xPos, the scales, float32 [N, D/2] each. ValueError for a
         step that ``takes`` refuses."""
-        for program in self._programs:
-            if program.takes(step):
-                return program.run(step, rope)
-        raise ValueError(f"step: {len(step.ids)} tokens, {len(step.wanted)} of them wanted, which no program takes")
+        program = self._program(step)
+        if program is None:
+            counts = (
+                f"{len(step.ids)} tokens, {len(step.wanted)} of them wanted, adapters {set(step.adapters.tolist())}"
+            )
+            raise ValueError(f"step: {counts}, which no program takes")
+        return program.run(step, rope)
+
+    def _program(self, step: Step) -> DecoderProgram | None:
+        number = int(step.adapters[0])
+        if (step.adapters != number).any():
+            return None
+        return next((program for program in self._programs[number] if program.takes(step)), None)
 
 
 class DecoderProgram:
@@ -93,7 +122,9 @@ class DecoderProgram:
         matrices: Mapping[str, Matrix],
         pages: Pages,
         many: bool,
+        adapter: LowRank,
     ) -> None:
+        self._adapter, self._spare = adapter, dict[tuple[str, int], int]()
         self._config, self._dtype, self._many = config, dtype, many
         self._program = Program(library)
         self._table, self._matrices, self._pages = parameter_table(config), matrices, pages
@@ -105,7 +136,8 @@ class DecoderProgram:
         self._rows = (0, 0)
         self._shapes: dict[int, tuple[int, ...]] = {}  # of the last step's arrays
         linear = [name for name, spec in self._table.items() if spec.kind in ("matrix", "head")]
-        whole = not config.tied_embeddings and all(self._matrices[name].factors is not None for name in linear)
+        whole = not (config.tied_embeddings or adapter)
+        whole = whole and all(self._matrices[name].factors is not None for name in linear)
         # The kernel of few rows serves any number that meet int8 matrices (kernels/cpu/ops.py).
         self._most = math.inf if whole else FEW
         self._record()
@@ -239,8 +271,27 @@ class DecoderProgram:
         if self._many and all(factors == self._none for _, factors, _ in layers):
             for layer, out in zip(layers, outputs, strict=True):
                 self._product(x, layer, out)
-            return
-        self._few_rows(x, layers, outputs)
+        else:
+            self._few_rows(x, layers, outputs)
+        for name, out in zip(names, outputs, strict=True):
+            if name in self._adapter:
+                self._add_low_rank(x, self._adapter[name], out)
+
+    def _add_low_rank(self, x: int, pair: tuple[Memory, Memory], out: int) -> None:
+        """out + scale B A x in place of ``out``."""
+        spare = []
+        for kind, matrix in zip("ab", pair, strict=True):
+            place = kind, matrix.shape[0]
+            if place not in self._spare:
+                self._spare[place] = self._rows_of(self._dtype, matrix.shape[0])
+            spare.append(self._spare[place])
+        for rows, matrix, found in zip((x, spare[0]), pair, spare, strict=True):
+            layer = self._fix(matrix), self._none, self._none
+            if self._many:
+                self._product(rows, layer, found)
+            else:
+                self._few_rows(rows, [layer], [found])
+        self._program.add("add", [out, spare[1]], [out], [])
 
     def _few_rows(self, x: int, layers: Sequence[tuple[int, int, int]], outputs: Sequence[int]) -> None:
         inputs, scalars = [x], []
@@ -300,6 +351,13 @@ def _checked(name: str, matrix: Matrix, shape: tuple[int, ...], dtype: str) -> M
     if factors is not None and (factors.shape != shape[:1] or factors.dtype != "float32"):
         raise ValueError(f"{name}: factors {factors.dtype} {factors.shape}, needs float32 {shape[:1]}")
     return matrix
+
+
+def _check_low_rank(name: str, pair: tuple[Memory, Memory], shape: tuple[int, ...], dtype: str) -> None:
+    rank = pair[0].shape[0]
+    found = [(half.shape, half.dtype) for half in pair]
+    if found != [((rank, shape[1]), dtype), ((shape[0], rank), dtype)]:
+        raise ValueError(f"{name}: adapter {found}, needs {dtype} [r, {shape[1]}] and [{shape[0]}, r]")
 
 
 def _checked_pages(pair: tuple[Memory, Memory], config: ModelConfig, dtype: str) -> tuple[Memory, Memory]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import mindspore as ms
 from mindspore import Tensor
@@ -19,11 +19,13 @@ def decoder_program(
     dtypes: Sequence[ms.Type],
     held: Callable[[str], Tensor | Int8],
     pages: Sequence[tuple[Tensor, Tensor]],
+    adapters: Sequence[Mapping[str, tuple[Tensor, Tensor]]] = (),
 ) -> DecoderPrograms | None:
     """A decoder with its ``pages`` as one call; None where its kernels do not serve: elsewhere than on a CPU, in mixed
     precision or float64, with growth masks, or where a run selected a composite operator.
 
-    ``dtypes``: of weights, products and stream; ``held``: the parameter of a logical name.
+    ``dtypes``: of weights, products and stream; ``held``: the parameter of a logical name; ``adapters``: A and scale B
+    by a linear's logical name.
     """
     names = [str(dtype).lower() for dtype in dtypes]
     if ms.get_context("device_target") != "CPU" or not serves(config, names):
@@ -37,7 +39,8 @@ def decoder_program(
         return Matrix(*map(_memory, found)) if isinstance(found, Int8) else Matrix(_memory(found))
 
     places = [(_memory(k), _memory(v)) for k, v in pages]
-    return DecoderPrograms(extension_library(), config, names[0], matrix, places)
+    low_rank = [{name: (_memory(a), _memory(b)) for name, (a, b) in pairs.items()} for pairs in adapters]
+    return DecoderPrograms(extension_library(), config, names[0], matrix, places, low_rank)
 
 
 def _memory(x: Tensor) -> Memory:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,11 +22,13 @@ def decoder_program(
     dtypes: Sequence[torch.dtype],
     held: Callable[[str], Matrix],
     pages: Sequence[tuple[Tensor, Tensor]],
+    adapters: Sequence[Mapping[str, tuple[Tensor, Tensor]]] = (),
 ) -> DecoderPrograms | None:
     """A decoder with its ``pages`` as one call; None where its kernels do not serve: elsewhere than on a CPU, in mixed
     precision or float64, with growth masks, or where a run selected a composite operator.
 
-    ``dtypes``: of weights, products and stream; ``held``: the parameter of a logical name.
+    ``dtypes``: of weights, products and stream; ``held``: the parameter of a logical name; ``adapters``: A and scale B
+    by a linear's logical name.
     """
     if default_device() != "cpu" or not compiled():
         return None
@@ -46,7 +48,8 @@ def decoder_program(
         return cpu_decoding.Matrix(*map(_memory, parts))
 
     places = [(_memory(k), _memory(v)) for k, v in pages]
-    return cpu_decoding.DecoderPrograms(load_plain(), config, names[0], matrix, places)
+    low_rank = [{name: (_memory(a), _memory(b)) for name, (a, b) in pairs.items()} for pairs in adapters]
+    return cpu_decoding.DecoderPrograms(load_plain(), config, names[0], matrix, places, low_rank)
 
 
 def _memory(x: Tensor) -> Memory:

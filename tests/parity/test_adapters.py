@@ -21,12 +21,14 @@ from telechat_twins.core.inference.requests import Request
 from telechat_twins.core.inference.runner import Runner
 from telechat_twins.core.model.quantize import quantizing
 from telechat_twins.core.parity.bounds import relative_frobenius
+from telechat_twins.kernels.cpu.decoding import DecoderProgram
+from tests.parity.test_decoding_in_one_call import LIMITS
 from tests.support.adapters import golden_model, modules, random_adapter
 from tests.support.engine_support import Feed, feed, finish, tokens_of
 from tests.support.frameworks import BACKENDS, GOLDENS
 
 PEFT = GOLDENS / "peft"
-PAGES, LENGTH = 12, 12
+PAGES, LENGTH = 24, 12
 # PEFT's logits, of size 10, are float64 on float32 rotary tables, as transformers makes them: in float64 ours are
 # within 1e-6 of them. In float32 a sum of the model rounds by as much, relatively.
 PEFT_BOUND = 1e-5
@@ -134,6 +136,46 @@ def test_rows_of_another_adapter_are_found(
     fault(monkeypatch, backend)
     together, alone = _batch(backend)
     assert max(np.abs(found - expected).max() for found, expected in zip(together, alone, strict=True)) > 0.1
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_step_of_one_adapter_is_one_call(backend: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few tokens and many, of the base and of each adapter, against the same step operator by operator: in MindSpore,
+    whose operators are the same kernels, bit for bit."""
+    source = golden_model("telechat2_gqa")
+    targets = (("q", "k", "v", "o", "gate", "up", "down"), ("q", "down"))
+    adapters = [random_adapter(source, modules(source.config, t, n + 2), n) for n, t in enumerate(targets)]
+    more = {"get": quantizing(source.config, source.tensor)} if precision == "int8" else {"precision": precision}
+    made = runner(backend, source, adapters, **more)
+    program, ids = made.program, np.random.default_rng(3).integers(4, 150, 40).tolist()
+    assert program is not None
+
+    def told(adapter: int, on: Runner = made) -> np.ndarray:
+        sequence = Feed(on, 44, adapter=adapter)
+        return np.stack([sequence.extend(piece) for piece in (ids, [7], ids[:3])])
+
+    calls: list[int] = []
+    run = DecoderProgram.run
+    monkeypatch.setattr(DecoderProgram, "run", lambda self, *given: calls.append(1) or run(self, *given))
+    for adapter in range(3):
+        made.program, calls[:] = program, []
+        at_once = told(adapter)
+        assert len(calls) == 3
+        made.program = None
+        apart = told(adapter)
+        if backend == "ms":
+            np.testing.assert_array_equal(at_once, apart)
+        else:
+            # bfloat16's rounding is the model's: one route may not be much farther from float64 than the other.
+            wide = told(adapter, runner(backend, source, adapters, "fp64")) if precision == "bf16" else apart
+            bound = 1.5 * relative_frobenius(apart, wide) if precision == "bf16" else LIMITS["fp32"]
+            assert relative_frobenius(at_once, wide) < bound
+    mixed = [Feed(made, 8, adapter=number) for number in (1, 2)]
+    made.program, calls[:] = program, []
+    mixed[1].table = np.arange(3, 5, dtype=np.int32)
+    feed(mixed, [[5], [6]])
+    assert not calls
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
