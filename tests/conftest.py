@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,11 @@ from hypothesis import settings
 # Tests run two at a time on few cores; spinning OpenMP threads would keep the other test waiting. Must be set before
 # a framework is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+# A shell starts jobs in the background with Ctrl-C ignored, which every process started from there inherits; tests of
+# interrupts send it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # The same examples in every run: a failure can be repeated, and a slow machine is not a failure.
 settings.register_profile("house", deadline=None, derandomize=True, max_examples=50)

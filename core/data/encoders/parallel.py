@@ -223,7 +223,8 @@ def _adopt(tokenizer: Tokenizer, reader: RowReader | None, parent: int) -> None:
     """In a worker: keep the tokenizer and the reader, leave Ctrl-C to the parent, and end when that is gone."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):  # the parent's handlers would print a worker's stack
-        signal.signal(number, signal.SIG_DFL)
+        if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
+            signal.signal(number, signal.SIG_DFL)
     _adopted[:] = [(tokenizer, reader)]
 
     def watch() -> None:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import random
+import signal
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from tests.support.data_support import SENTENCES, tiny_tokenizer, tiny_tokenizer
 from tests.support.shared import shared_file
 
 PARTS = ["fox ", " fox", "  ", "\n", "\n\n", "\t", " \n", "add(", "中国", "，", "▁", "▁▁ ", "é", "😀", "12", "__"]
+WORK = parallel._work
 TEXTS = st.lists(st.sampled_from(PARTS) | st.text(max_size=8), max_size=40).map("".join)
 
 
@@ -166,6 +170,23 @@ def test_what_cannot_be_cut_is_refused(tmp_path, monkeypatch):
         list(encode_blocks([Block("a.txt:1", "word " * 30, last=False)], tokenizer))
 
 
+def test_workers_outlive_a_hangup_that_is_ignored(monkeypatch):
+    """As under nohup, where the parent goes on as well."""
+    monkeypatch.setattr(parallel, "_TASK", 10)
+    monkeypatch.setattr(parallel, "_work", _is_hung_up)
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        blocks = [Block("a", "some words of text") for _ in range(5)]
+        assert sum(int(found.last.sum()) for found in encode_blocks(blocks, tiny_tokenizer(), 2)) == 5
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def _is_hung_up(task: Sequence[parallel._Wire]) -> parallel._Found:
+    os.kill(os.getpid(), signal.SIGHUP)
+    return WORK(task)
+
+
 def test_a_lost_worker_is_one_error(monkeypatch):
     monkeypatch.setattr(parallel, "_TASK", 10)
     monkeypatch.setattr(parallel, "_work", _dies)
@@ -174,6 +195,4 @@ def test_a_lost_worker_is_one_error(monkeypatch):
 
 
 def _dies(texts: object) -> None:
-    import os
-
     os._exit(9)
