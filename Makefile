@@ -52,7 +52,7 @@ help:
 	@echo "make ascend-lower  compile every Triton kernel for Ascend910B3 as far as a machine without one can (1 minute)"
 	@echo "make gpu-check  tests and benchmarks of a machine with a GPU; leaves gpu-check.json"
 	@echo "make mindformers-check  converted weights in MindFormers' own networks, in an environment of its own"
-	@echo "make plan-steps  measured against predicted seconds of a step on this machine, idle (PROCESSOR=EPYC, 7 minutes)"
+	@echo "make plan-steps  measured against predicted seconds of a step on this machine, idle (PROCESSOR=EPYC, 3 minutes)"
 	@echo "make plan-check  measured against predicted peak memory of 23 small trainings in both frameworks (an hour)"
 	@echo "make plan-table  search the tables of best layouts in docs/parallel.md anew (2 minutes)"
 	@echo "make matrix     goldens, parity, conversion and exports in environments of other versions; writes docs/matrix.md"
