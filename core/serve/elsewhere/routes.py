@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Collection
+
+from telechat_twins.core.near import nearest
 
 _TEXT = "this server generates text only: /v1/chat/completions, /v1/completions, /v1/responses"
 _TOKENS = (
@@ -43,5 +44,5 @@ def advice(path: str, routes: Collection[str]) -> str:
     for pattern, clause in _ADVICE:
         if re.fullmatch(pattern, short):
             return clause
-    near = difflib.get_close_matches(short[:60], [route for route in routes if "{" not in route], 1, CLOSE)
-    return f"did you mean {near[0]}?" if near else ""
+    near = nearest(short[:60], [route for route in routes if "{" not in route], cutoff=CLOSE)
+    return f"did you mean {near}?" if near else ""
