@@ -24,7 +24,7 @@ from telechat_twins.core.model.config import (
 )
 from telechat_twins.core.model.lora import LoraConfig, check_lora
 from telechat_twins.core.model.xpos_range import check_xpos_range
-from telechat_twins.core.near import nearest
+from telechat_twins.core.near import nearest_name
 from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.schema import from_mapping, in_file, load_yaml, option, set_dotted
 from telechat_twins.core.sections.evaluation import EvalConfig as EvalConfig
@@ -293,7 +293,7 @@ def bundled_file(spec: str | Path, kind: str, where: str) -> Path:
         return Path(spec)
     names = bundled_names(kind)
     if str(spec) not in names:
-        near = nearest(str(spec), names)
+        near = nearest_name(str(spec), names)
         hint = (f"did you mean '{near}'? " if near else "") + f"There are: {', '.join(names)}; or give a YAML file"
         raise UserError(f"{where}: no file and no bundled config '{spec}'; {hint}")
     return CONFIGS / kind / f"{spec}.yaml"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import shlex
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -115,6 +117,28 @@ def nearest(word: object, known: Iterable[str], cutoff: float = 0.6) -> str | No
     exchanged = [name for name in names if text and sorted(name) == sorted(text)]
     found = exchanged or get_close_matches(text, names, n=1, cutoff=cutoff)
     return found[0] if found else None
+
+
+def nearest_name(word: object, known: Sequence[str], cutoff: float = 0.6) -> str | None:
+    """``nearest`` among names that are made of parts, such as those of models and machines: "115b" means a name with
+    that part, and no other size that is spelt alike.
+
+    Of several names with all parts of ``word``, the one with the fewest others, then the one of the commonest family:
+    whose other parts most names have.
+    """
+    wanted, parts = _parts(str(word)), {name: _parts(name) for name in known}
+    common = Counter(part for found in parts.values() for part in found)
+    having = [name for name in known if wanted and wanted <= parts[name]]
+
+    def order(name: str) -> tuple[int, int]:
+        others = parts[name] - wanted
+        return len(others), -sum(common[part] for part in others)
+
+    return min(having, key=order) if having else nearest(word, known, cutoff)
+
+
+def _parts(name: str) -> set[str]:
+    return {part for part in re.split(r"[-_/ ]+", name.lower()) if part}
 
 
 def run_key(word: str) -> str | None:
