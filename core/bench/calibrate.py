@@ -3,8 +3,8 @@
     core/bench/calibrate.py BACKEND FOLDER       (a rank, under msrun or torchrun)
 
 core.bench.probes takes the times. From them follow, each from its own: collectives by operation and size; the host's
-time of a block, of the ends, of a step, and of what tp and a ring add; by how much a process alone is faster; the
-update. Only the rates of products, of attention and of memory, and how much of the host's time remains beside wide
+time of a block, of the ends, of a step, and of what tp, a ring and a stage add; by how much a process alone is faster;
+the update. Only the rates of products, of attention and of memory, and how much of the host's time remains beside wide
 operators, are fitted together (core.bench.rates), to the phases of small models in as many processes as there are
 cores.
 """
@@ -33,6 +33,7 @@ from telechat_twins.core.bench.probes import (
     NARROW_MICRO_BATCHES,
     PROBED,
     SIZES,
+    STAGES,
     Probes,
     narrow,
     outside_a_launch,
@@ -49,7 +50,7 @@ from telechat_twins.core.planner.machine import Machine, machine_from
 from telechat_twins.core.planner.time.gradients import updated_bytes
 from telechat_twins.core.planner.time.operators import Rates, Shape, block_passes, ends_passes
 from telechat_twins.core.planner.time.step import stage_costs, step_time
-from telechat_twins.core.planner.time.traffic import block_traffic, ends_traffic
+from telechat_twins.core.planner.time.traffic import block_traffic, ends_traffic, message_bytes
 from telechat_twins.core.planner.time.transfers import Ways
 from telechat_twins.core.planner.time.work import OURS, work_of
 from telechat_twins.core.types import JsonObject
@@ -110,13 +111,7 @@ def fitted(
         for op in ranks[0]["collectives"]
     }
     found = describe(backend, name, cores, operations)
-    crowd, alone, layouts = (
-        {
-            key: {phase: typical(phases[phase + clock]) for phase in ("forward", "gradients", "update")}
-            for key, phases in ranks[0][part].items()
-        }
-        for part in ("crowd", "alone", "layouts")
-    )
+    crowd, alone, layouts = (_typical(ranks[0][part], clock, typical) for part in ("crowd", "alone", "layouts"))
     measured = {key: (crowd[key]["forward"], crowd[key]["gradients"]) for key in crowd if not key.startswith("narrow")}
     found["host"], wasted = host_times(crowd, options)
     found["host"]["exponent"] = host_exponent(crowd, alone, cores)
@@ -141,7 +136,18 @@ def fitted(
     if layouts:
         found["host"] |= added_by_layouts(machine_from(found, name), options, crowd, layouts)
         found["host"] |= added_by_queries(machine_from(found, name), options, layouts)
+        # Of a pipeline's ranks the wall's clock says when they wait. What they do is on the processors' clock.
+        busy = [_typical(rank["layouts"], PROCESSOR, typical) for rank in ranks]
+        found["host"] |= added_by_stages(machine_from(found, name), options, busy)
     return found
+
+
+def _typical(
+    probes: Mapping[str, Mapping[str, Sequence[float]]], clock: str, typical: Callable[[Sequence[float]], float]
+) -> dict[str, dict[str, float]]:
+    """Seconds of the phases by ``clock``, of each probe."""
+    phases = ("forward", "gradients", "update")
+    return {name: {phase: typical(times[phase + clock]) for phase in phases} for name, times in probes.items()}
 
 
 def machines_of(backend: str, options: JsonObject, ranks: Sequence[JsonObject]) -> tuple[Machine, Machine]:
@@ -316,6 +322,26 @@ def added_by_queries(
         forecast = (stages[1][side] - stages[0][side]) / count
         found[name] = round(max(0.0, measured - forecast) * 1e6 / layout.ring / queries, 2)
     return found
+
+
+def added_by_stages(
+    machine: Machine, options: JsonObject, busy: Sequence[Mapping[str, Mapping[str, float]]]
+) -> dict[str, float]:
+    """Microseconds that a further stage of a pipeline adds to a micro-batch's forward and backward, beside the message:
+    receiving it, and starting a graph. ``busy``: each rank's time on processors, in pipelines of the narrow model."""
+    few, many = STAGES
+    if few not in busy[0]:  # measured before there were these probes
+        return {}
+    micro_batches, more = NARROW_MICRO_BATCHES[-1], STAGES[many] - STAGES[few]
+    forward, both = (
+        sum(rank[many][phase] - rank[few][phase] for rank in busy) / micro_batches / more
+        for phase in ("forward", "gradients")
+    )
+    config = bench_config(narrow(options, STAGES[many], micro_batches, few))
+    message = message_bytes(config.model, Shape.of(config.model, config.parallel, work_of(config), OURS))
+    sent = Ways(config.model, config.parallel, machine).ways["forward_out"].seconds("send", 1, message)
+    found = {"stage_forward": forward - sent, "stage_backward": both - forward - sent}
+    return {name: round(max(0.0, seconds) * 1e6, 2) for name, seconds in found.items()}
 
 
 def describe(backend: str, name: str, cores: int, operations: Mapping[str, Sequence[float]]) -> JsonObject:

@@ -2,7 +2,8 @@
 of small models in processes beside it.
 
 What has to be told apart is measured apart. A model of two depths gives a block and the rest. A model so narrow that
-its operators have nothing to do gives the time of the host; cut by tp or by a ring, what these add to it. As many
+its operators have nothing to do gives the time of the host; cut by tp or by a ring, what these add to it; cut into few
+and many stages, what a stage adds. As many
 processes as there are cores run at once, since they share memory, caches and the clock's reserves; one alone with all
 cores tells how much faster a process is with more of them.
 """
@@ -42,6 +43,7 @@ NARROW = {
 }
 NARROW_PLACES = 8
 PROBED = ("tp2", "ring2")
+STAGES = {"pp2": 2, "pp2.vpp4": 8}  # pipelines of the narrow model, and their stages, a layer of the longer one's each
 REPEATS = 2  # of each model in a round
 
 Times = dict[str, list[float]]  # by phase of core.bench.worker.timed_phases
@@ -135,6 +137,9 @@ class Probes:
                 for layers in NARROW_DEPTHS:
                     chosen = narrow(options, layers, NARROW_MICRO_BATCHES[-1], layout)
                     self._trainers[f"{layout} {layers}"] = train.Trainer(bench_config(chosen)), chosen
+            for layout in STAGES:
+                chosen = narrow(options, max(STAGES.values()), NARROW_MICRO_BATCHES[-1], layout)
+                self._trainers[layout] = train.Trainer(bench_config(chosen)), chosen
             for layers in DEPTHS:
                 chosen = ring_attention(options, layers)
                 self._trainers[f"ring2 attention {layers}"] = train.Trainer(bench_config(chosen)), chosen

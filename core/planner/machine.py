@@ -7,8 +7,8 @@ from pathlib import Path
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import CONFIGS
-from telechat_twins.core.near import nearest
-from telechat_twins.core.schema import from_mapping, load_yaml, option
+from telechat_twins.core.near import nearest_name
+from telechat_twins.core.schema import from_mapping, in_file, load_yaml, option
 
 MACHINES = CONFIGS / "machines"
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "shift", "send")
@@ -86,6 +86,10 @@ class Host:
         0.0, help="what tensor ranks add to `ends_forward`, beside messages and `exchange`", min=0.0
     )
     tensor_ends_backward: float = option(0.0, help="likewise, to `ends_backward`", min=0.0)
+    stage_forward: float = option(
+        0.0, help="what a further stage of a pipeline adds to a micro-batch's forward, beside the message", min=0.0
+    )
+    stage_backward: float = option(0.0, help="likewise, to its backward", min=0.0)
     exchange: float = option(help="a collective inside a layer, beside the collective", min=0.0)
     ring_forward: float = option(help="a ring's step of a block's forward, beside its message", min=0.0)
     ring_backward: float = option(help="a ring's step of a block's backward", min=0.0)
@@ -148,11 +152,15 @@ def load_machine(name_or_path: str) -> Machine:
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         if name_or_path not in machine_names():
-            near = nearest(name_or_path, machine_names(), cutoff=0.4)
+            near = nearest_name(name_or_path, machine_names(), cutoff=0.4)
             hint = f"did you mean '{near}'?" if near else f"there are: {', '.join(machine_names())}."
             raise UserError(f"--machine: no machine '{name_or_path}'; {hint} A file's name ends in .yaml")
         path = MACHINES / f"{name_or_path}.yaml"
-    return machine_from(load_yaml(path), path.name)
+    values = load_yaml(path)
+    try:
+        return machine_from(values, "")
+    except UserError as error:
+        raise UserError(in_file(str(error), path)) from None
 
 
 def machine_from(values: object, where: str) -> Machine:

@@ -86,7 +86,7 @@ def main() -> int:
     parser.add_argument("--label", required=True, help="the processor's name in the table, e.g. EPYC")
     parser.add_argument("--measured", metavar="F", help="measurements of `--out`, in place of new ones")
     parser.add_argument("--out", default="plan-steps.json", metavar="F", help="where new measurements go")
-    parser.add_argument("--steps", type=int, default=6, help="steps of each layout, two a round (6)")
+    parser.add_argument("--steps", type=int, default=10, help="steps of each layout, two a round (10)")
     parser.add_argument("--machines", action="store_true", help="also write the machine files")
     args = parser.parse_args()
     if args.measured is None:

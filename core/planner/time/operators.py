@@ -57,6 +57,7 @@ class HostTimes:
     block: tuple[float, float] = (0.0, 0.0)
     ends: tuple[float, float] = (0.0, 0.0)
     tensor_ends: tuple[float, float] = (0.0, 0.0)
+    stage: tuple[float, float] = (0.0, 0.0)
     ring: tuple[float, float] = (0.0, 0.0)
     ring_byte: tuple[float, float] = (0.0, 0.0)
     step: float = 0.0
@@ -74,6 +75,7 @@ class HostTimes:
             (us * host.block_forward, us * host.block_backward),
             (us * host.ends_forward, us * host.ends_backward),
             (us * host.tensor_ends_forward, us * host.tensor_ends_backward),
+            (us * host.stage_forward, us * host.stage_backward),
             (us * host.ring_forward, us * host.ring_backward),
             (1e-6 * us * host.ring_forward_mb, 1e-6 * us * host.ring_backward_mb),
             us * host.step,

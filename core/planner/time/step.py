@@ -85,12 +85,15 @@ def step_time(model: ModelConfig, layout: Layout, work: Work, machine: Machine, 
     stages = stage_costs(model, layout, work, machine, practice, ways, rates, shape, counts)
     overlap = machine.efficiency.overlap
     message = ways.ways["forward_out"].seconds("send", 1, message_bytes(model, shape))
-    # The part of a message that does not run beside computation occupies its sender.
-    forward = [stage.seconds[0] for stage in stages]
-    backward = [stage.seconds[1] for stage in stages]
-    blocked = (1.0 - overlap) * message
-    forward = [seconds + blocked * (g < layout.stages - 1) for g, seconds in enumerate(forward)]
-    backward = [seconds + blocked * (g > 0) for g, seconds in enumerate(backward)]
+    # The receiver's host is busy with a message and the start of its stage; the part of a message that does not run
+    # beside computation occupies its sender.
+    begin, last, blocked = rates.host.stage, layout.stages - 1, (1.0 - overlap) * message
+    silent = (
+        [stage.seconds[0] + begin[0] * (g > 0) for g, stage in enumerate(stages)],
+        [stage.seconds[1] + begin[1] * (g < last) for g, stage in enumerate(stages)],
+    )
+    forward = [seconds + blocked * (g < last) for g, seconds in enumerate(silent[0])]
+    backward = [seconds + blocked * (g > 0) for g, seconds in enumerate(silent[1])]
     pipeline = layout.schedule, layout.pp, layout.virtual, work.micro_batches
     played = play(*pipeline, forward, backward, overlap * message)
     tails = [
@@ -106,9 +109,8 @@ def step_time(model: ModelConfig, layout: Layout, work: Work, machine: Machine, 
         )
         for rank in range(layout.pp)
     ]
-    host = rates.host.step
     times = forward, backward, message, blocked
-    return _summed(model, layout, work, machine, ways, stages, played, tails, times, host)
+    return _summed(model, layout, work, machine, ways, stages, played, tails, times, silent, rates.host)
 
 
 def stage_costs(
@@ -225,14 +227,16 @@ def _summed(
     played: Played,
     tails: list[Tail],
     times: tuple[list[float], list[float], float, float],
-    host: float,
+    silent: tuple[list[float], list[float]],
+    host: HostTimes,
 ) -> StepTime:
+    """``silent``: seconds of the stages, forward and backward, for messages that take no time."""
     forward, backward, message, blocked = times
     # The norm of all gradients is where all ranks meet; then each updates and gathers.
     reduced = max(end + one.reduce for end, one in zip(played.ends, tails, strict=True))
     after = max(one.update + one.gather for one in tails)
     agreement = _AGREEMENTS * ways.ways["world"].seconds("all_reduce", 1, 8)
-    together = reduced + after + agreement + host
+    together = reduced + after + agreement + host.step
     seconds = together * stretch(machine, layout.world)
     rank = max(range(layout.pp), key=played.busy.__getitem__)
     mine = range(rank, layout.stages, layout.pp)
@@ -241,12 +245,13 @@ def _summed(
         name: m * sum(getattr(stages[g].forward, name) + getattr(stages[g].backward, name) for g in mine)
         for name in Cost._fields
     }
-    parts["host"] += host
+    started = sum(host.stage[0] * (g > 0) + host.stage[1] * (g < layout.stages - 1) for g in mine)
+    parts["host"] += host.step + m * started
     tp, cp = (m * sum(sum(getattr(stages[g], axis)) for g in mine) for axis in ("tp", "cp"))
     update = max(one.update for one in tails)
     dp = max(0.0, reduced - played.seconds) + after - update + agreement
-    silent = play(layout.schedule, layout.pp, layout.virtual, m, *_without(stages))
-    exposed = {"tp": tp, "cp": cp, "pp": max(0.0, played.seconds - silent.seconds), "dp": dp}
+    unsent = play(layout.schedule, layout.pp, layout.virtual, m, *silent)
+    exposed = {"tp": tp, "cp": cp, "pp": max(0.0, played.seconds - unsent.seconds), "dp": dp}
     sent = m * sum((g < layout.stages - 1) + (g > 0) for g in mine)
     breakdown = {**parts, "optimizer": update, "tp": tp, "cp": cp, "dp": dp, "pp": sent * blocked}
     breakdown |= {"pipeline": together - sum(breakdown.values()), "stragglers": seconds - together}
@@ -276,8 +281,3 @@ def _summed(
 def stretch(machine: Machine, world: int) -> float:
     """How much longer ``world`` devices take than a node, waiting for the slowest of them."""
     return 1.0 + machine.scaling.value * max(0.0, math.log2(world / machine.devices_per_node))
-
-
-def _without(stages: list[Stage]) -> tuple[list[float], list[float]]:
-    """Seconds of the stages, for messages that take no time."""
-    return [stage.seconds[0] for stage in stages], [stage.seconds[1] for stage in stages]

@@ -18,6 +18,7 @@ from telechat_twins.core.bench.probes import (
     NARROW_DEPTHS,
     PROBED,
     SIZES,
+    STAGES,
     Times,
     alone_models,
     narrow,
@@ -47,6 +48,8 @@ HOST = {
     "update": 500.0,
     "tensor_ends_forward": 2000.0,
     "tensor_ends_backward": 700.0,
+    "stage_forward": 600.0,
+    "stage_backward": 1000.0,
     "exchange": 40.0,
     "ring_forward": 90.0,
     "ring_backward": 150.0,
@@ -72,12 +75,13 @@ def machine() -> Machine:
 
 
 def phases(options: JsonObject, world: int, planted: Machine | None = None) -> dict[str, float]:
-    """What the planted machine takes for the phases of a step; on ``world`` ranks that share the cores."""
+    """What the planted machine takes for the phases of a step; on ``world`` ranks that share the cores. In a pipeline,
+    a rank's mean time on processors."""
     config, planted = bench_config(options), planted or machine()
     here = dataclasses.replace(planted, devices_per_node=2 // world)
     step = step_time(config.model, config.parallel, work_of(config), planted if config.parallel.world > 1 else here)
     m = work_of(config).micro_batches
-    forward, both = m * sum(step.forward), m * (sum(step.forward) + sum(step.backward))
+    forward, both = (m * sum(times) / config.parallel.pp for times in (step.forward, step.forward + step.backward))
     beside = HOST["step"] * 1e-6 / (2 // world) ** HOST["exponent"]  # type: ignore[operator]
     tail, agreed = step.tails[0], 200e-6 * (config.parallel.world > 1)  # of the loss, by an all-reduce of one number
     return {
@@ -103,6 +107,7 @@ def raw(slower: float = 1.0) -> list[JsonObject]:
         for layout in PROBED
         for layers in NARROW_DEPTHS
     }
+    layouts |= {layout: times(phases(narrow(options, 8, 4, layout), 2)) for layout in STAGES}
     layouts |= {f"ring2 attention {n}": times(phases(ring_attention(options, n), 2)) for n in DEPTHS}
     crowd = {name: times(phases(one, 2)) for name, one in small_models(options).items()}
     alone = {name: times(phases(one, 1)) for name, one in alone_models(options).items()}
@@ -124,6 +129,9 @@ def test_planted_rates_and_host_times_are_found(tmp_path: Path) -> None:
     for text in ("single", "tp2", "pp2", "pp2.vpp2", "ring2", "dp2"):
         true, forecast = (forecast_of(options, text, one)["seconds"] for one in (machine(), found))
         assert forecast == pytest.approx(true, rel=0.06), text
+    idle = dataclasses.replace(found, host=dataclasses.replace(found.host, stage_forward=0.0, stage_backward=0.0))
+    fast, true = (forecast_of(options, "pp2.vpp2", one)["seconds"] for one in (idle, machine()))
+    assert fast < 0.94 * true, "interleaving has more stages, each of which takes time"
     host = dataclasses.replace(found.host, block_backward=2 * found.host.block_backward)
     slow = dataclasses.replace(found, host=host)
     assert forecast_of(options, "tp2", slow)["seconds"] > 1.06 * forecast_of(options, "tp2", machine())["seconds"]
