@@ -10,8 +10,8 @@ from pathlib import Path
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files import ROOT
 from telechat_twins.core.model.growth_mask import GrowthMask, new_heads
-from telechat_twins.core.near import nearest
-from telechat_twins.core.schema import from_mapping, load_yaml, option
+from telechat_twins.core.near import nearest_name
+from telechat_twins.core.schema import from_mapping, in_file, load_yaml, option
 from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
 
@@ -204,7 +204,13 @@ def load_model_config(spec: str | JsonObject, where: str = "model", base: ModelC
         values = {**_preset(str(values.pop("preset")), where), **values}
     if base is not None:
         values = {**base.to_dict(), **values}
-    return from_mapping(ModelConfig, values, where)
+    file = spec.get("preset") if where.startswith("--") and [*spec] == ["preset"] else None
+    if file is None or not _is_file(str(file)):
+        return from_mapping(ModelConfig, values, where)
+    try:
+        return from_mapping(ModelConfig, values, "")
+    except UserError as error:
+        raise UserError(in_file(str(error), str(file))) from None
 
 
 def _preset(name: str, where: str, depth: int = 0) -> JsonObject:
@@ -213,7 +219,7 @@ def _preset(name: str, where: str, depth: int = 0) -> JsonObject:
         raise UserError(f"{name}: is the last of {depth} files each of which is the next one's preset; do they circle?")
     if not _is_file(name):
         if name not in preset_names():
-            near = nearest(name, preset_names())
+            near = nearest_name(name, preset_names())
             hint = f"did you mean '{near}'? There are: " if near else "there are: "
             key = where if where.startswith("--") else f"{where}.preset"  # an option's value is the name itself
             raise UserError(f"{key}: no model preset '{name}'; {hint}{', '.join(preset_names())}")

@@ -33,6 +33,7 @@ import argparse
 from telechat_twins.core.commands.plan import calibrate, cost, search, time, training, validate
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import PRECISIONS
+from telechat_twins.core.planner.amounts import whole
 
 RECOMPUTE = ("none", "selective", "full")
 
@@ -63,15 +64,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="growth schedule (file or bundled name) for that run: estimate each stage, and the savings",
     )
     parser.add_argument("--layout", metavar="TEXT", help="layout, e.g. tp8.pp8.dp8: estimate each pipeline rank")
-    parser.add_argument("--seq-len", type=int, metavar="S", help="tokens per sample (default: the model's max_seqlen)")
+    parser.add_argument(
+        "--seq-len", type=whole, metavar="S", help="tokens per sample (default: the model's max_seqlen)"
+    )
     parser.add_argument(
         "--micro-batch",
-        type=int,
+        type=whole,
         metavar="B",
         help="samples per forward pass (default 1); with --search the most that are tried (default 16)",
     )
     parser.add_argument(
-        "--micro-batches", type=int, metavar="M", help="forward passes per step and rank (default: pp x virtual)"
+        "--micro-batches", type=whole, metavar="M", help="forward passes per step and rank (default: pp x virtual)"
     )
     parser.add_argument("--precision", choices=PRECISIONS, help="default bf16")
     parser.add_argument("--recompute", choices=RECOMPUTE, help="default none")

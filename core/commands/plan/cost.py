@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.planner.amounts import amount
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--languages", nargs="+", metavar="L=SHARE", help="with --cost: shares of the data, e.g. en=53.5 zh=46.5"
     )
     parser.add_argument(
-        "--budget", type=float, metavar="FLOPS", help="tokens that so many FLOPs buy, and compute-optimal sizes"
+        "--budget", type=amount, metavar="FLOPS", help="tokens that so many FLOPs buy, and compute-optimal sizes"
     )
 
 

@@ -8,6 +8,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.planner.amounts import whole
 
 if TYPE_CHECKING:  # what a search needs is imported when there is one
     from telechat_twins.core.config import RunConfig
@@ -30,9 +31,15 @@ def run(args: argparse.Namespace) -> int:
     from telechat_twins.core.planner.machine import load_machine
     from telechat_twins.core.planner.search import report
     from telechat_twins.core.planner.search.best import search
+    from telechat_twins.core.planner.search.question import RESERVE_GIB
     from telechat_twins.core.planner.time.report import require_forecast
 
     machine = load_machine(args.machine)
+    if args.memory is None and machine.memory.value <= RESERVE_GIB:
+        raise UserError(
+            f"--machine {machine.name}: memory is {machine.memory.value:g} GiB, of which communicators, kernels and "
+            f"driver take {RESERVE_GIB:g}; give --memory with what a plan may use"
+        )
     config = None if args.config is None else load_run_config(args.config)
     if config is not None:
         require_forecast(args.config, config.lora, config.train.freeze, config.preference)
@@ -114,19 +121,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search", action="store_true", help="find the best layout for --devices of --machine: docs/parallel.md"
     )
-    parser.add_argument("--devices", type=int, metavar="N", help="with --search: devices to use at most")
+    parser.add_argument("--devices", type=whole, metavar="N", help="with --search: devices to use at most")
     parser.add_argument(
-        "--global-batch", type=int, metavar="B", help="with --search: sequences a step (default: 4 Mi tokens)"
+        "--global-batch", type=whole, metavar="B", help="with --search: sequences a step (default: 4 Mi tokens)"
     )
     parser.add_argument(
         "--memory", type=float, metavar="GIB", help="with --search: memory of a device (default: the machine's less 4)"
     )
-    parser.add_argument("--top", type=int, metavar="N", help="with --search: further plans to explain (default 10)")
+    parser.add_argument("--top", type=whole, metavar="N", help="with --search: further plans to explain (default 10)")
     parser.add_argument(
         "--target", choices=("latency", "throughput"), help="with --search: serve instead of train, for this target"
     )
-    parser.add_argument("--prompt-len", type=int, metavar="P", help="with --target: tokens of a prompt (1024)")
-    parser.add_argument("--answer-len", type=int, metavar="A", help="with --target: tokens of an answer (256)")
+    parser.add_argument("--prompt-len", type=whole, metavar="P", help="with --target: tokens of a prompt (1024)")
+    parser.add_argument("--answer-len", type=whole, metavar="A", help="with --target: tokens of an answer (256)")
     parser.add_argument("--quantize", choices=("none", "int8"), help="with --target: weights (default none: bf16)")
 
 

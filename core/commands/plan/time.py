@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.planner.amounts import amount
 
 # Options that plan a run.
 _OF_A_PLAN = (
@@ -32,9 +33,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokens",
-        type=float,
+        type=amount,
         metavar="N",
-        help="with --machine: days and energy for so many tokens, e.g. 2e12; with --cost: what they cost",
+        help="with --machine: days and energy for so many tokens, e.g. 2e12 or 2T; with --cost: what they cost",
     )
     parser.add_argument("--trace", metavar="FILE", help="with --machine: write the simulated step as a Chrome trace")
     parser.add_argument("--timeline", metavar="FILE", help="with --machine: draw the simulated step (.png)")

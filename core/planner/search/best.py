@@ -160,7 +160,9 @@ class _Search:
         return self._sizes[tp]
 
     def _note(self, large: TooLarge) -> None:
-        """Keep the fastest of those that are too large, one of each layout."""
+        """Keep the smallest and the fastest of those that are too large, of the fastest one of each layout."""
+        if self.found.least is None or large.needed < self.found.least.needed:
+            self.found.least = large
         same = [one for one in self.found.large if one.layout.name == large.layout.name]
         if not same or len(self.found.large) < LARGE_KEPT:
             self.found.large.append(large)

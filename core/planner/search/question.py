@@ -70,11 +70,13 @@ class Found:
     """Result of a search: plans by time, those too large that might have been faster, and how many were ruled out how.
 
     ``considered``: legal combinations of layout, schedule, recomputation and micro-batch; ``too_large``: ruled out by
-    memory; ``timed``: simulated; of the rest a bound says that they are slower.
+    memory; ``timed``: simulated; of the rest a bound says that they are slower. ``least``: of those too large the one
+    that needs least.
     """
 
     plans: list[Plan] = field(default_factory=list)
     large: list[TooLarge] = field(default_factory=list)
+    least: TooLarge | None = None
     considered: int = 0
     too_large: int = 0
     timed: int = 0

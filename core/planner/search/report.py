@@ -31,14 +31,14 @@ def described(question: Question, found: Found) -> JsonObject:
 def text(question: Question, found: Found, model: str) -> list[str]:
     """The result in lines."""
     lines = [
-        f"{model} on at most {question.devices} devices of {question.machine.title}: {question.global_batch} sequences "
-        f"of {question.seq_len:,} tokens a step, {question.precision}",
+        f"{model} on at most {counted(question.devices, 'device')} of {question.machine.title}: "
+        f"{counted(question.global_batch, 'sequence')} of {question.seq_len:,} tokens a step, {question.precision}",
         f"{found.considered:,} legal plans; {found.timed:,} simulated, the rest ruled out by bounds on time, or by an "
         f"estimate of memory above {question.limit / GIB:.1f} GiB",
         "",
     ]
     if not found.plans:
-        return [*lines, "none fits", *_large_lines(found)]
+        return [*lines, *_none(found), *_large_lines(found, "too large")]
     best = found.plans[0]
     titles = ("plan", "devices", "micro", "recompute", "s a step", "MFU", "bubble", "waits", "GiB")
     lines.append("  " + _ROW.format(*titles))
@@ -47,7 +47,12 @@ def text(question: Question, found: Found, model: str) -> list[str]:
     if len(found.plans) > 1:
         lines += ["", f"why the others lose to {best.layout.name}, in seconds of a step"]
         lines += [f"  {plan.layout.name:<34}{', '.join(reasons(plan, best))}" for plan in found.plans[1:]]
-    return [*lines, *_large_lines(found), "", *snippet(question, best, model)]
+    return [*lines, *_large_lines(found, "perhaps faster, but too large"), "", *snippet(question, best, model)]
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 device", "2 devices"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
 def reasons(plan: Plan, best: Plan) -> list[str]:
@@ -58,7 +63,8 @@ def reasons(plan: Plan, best: Plan) -> list[str]:
     largest = sorted(more.items(), key=lambda one: -one[1])
     found = [f"{name} +{extra:.3g}" for name, extra in largest if extra > least]
     if plan.layout.world < best.layout.world:
-        found.append(f"{best.layout.world - plan.layout.world} devices fewer")
+        fewer = best.layout.world - plan.layout.world
+        found.append(f"{counted(fewer, 'device')} fewer")
     return [f"{plan.time.seconds - best.time.seconds:+.3g} in all", *found]
 
 
@@ -146,10 +152,21 @@ def _large(one: TooLarge) -> JsonObject:
     }
 
 
-def _large_lines(found: Found) -> list[str]:
+def _none(found: Found) -> list[str]:
+    """What to do where no plan fits."""
+    if found.least is None:
+        return ["none is legal: give more --devices, or a --global-batch with more divisors"]
+    least = found.least
+    return [
+        f"none fits; the smallest, {least.layout.name} with recompute {least.work.recompute}, needs at least "
+        f"{least.needed / GIB:.1f} GiB: give more --devices, a shorter --seq-len, or a machine with more memory"
+    ]
+
+
+def _large_lines(found: Found, title: str) -> list[str]:
     if not found.large:
         return []
-    lines = ["", "perhaps faster, but too large"]
+    lines = ["", title]
     for one in found.large:
         lines.append(
             f"  {one.layout.name:<34}micro-batch {one.work.micro_batch}, recompute {one.work.recompute}: at least "

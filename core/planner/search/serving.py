@@ -22,6 +22,7 @@ from telechat_twins.core.parallel.sharding import padded_rows
 from telechat_twins.core.planner.machine import Machine
 from telechat_twins.core.planner.memory.inference import cache_bytes, weight_bytes, working_bytes
 from telechat_twins.core.planner.search.question import usable_bytes
+from telechat_twins.core.planner.search.report import counted
 from telechat_twins.core.planner.time.operators import Rates
 from telechat_twins.core.planner.time.transfers import Ways
 from telechat_twins.core.types import JsonObject
@@ -190,13 +191,18 @@ def described(plan: ServingPlan) -> JsonObject:
 def text(question: Serving, plans: list[ServingPlan], model: str) -> list[str]:
     """The plans in lines."""
     lines = [
-        f"serving {model} on {question.devices} devices of {question.machine.title}: prompts of {question.prompt:,} "
-        f"tokens, answers of {question.answer:,}, for {question.target}; weights "
+        f"serving {model} on {counted(question.devices, 'device')} of {question.machine.title}: prompts of "
+        f"{question.prompt:,} tokens, answers of {question.answer:,}, for {question.target}; weights "
         + ("in int8" if question.quantize == "int8" else "in bf16"),
         "",
     ]
     if not plans:
-        return [*lines, f"none fits {question.limit / 2**30:.1f} GiB a device"]
+        less = "" if question.quantize == "int8" else "--quantize int8, "
+        return [
+            *lines,
+            f"none fits {question.limit / 2**30:.1f} GiB a device: give more --devices, {less}a shorter --prompt-len "
+            "or --answer-len, or a machine with more memory",
+        ]
     row = "  {:<12}{:>9}{:>11}{:>13}{:>13}{:>12}{:>13}{:>8}{:>12}"
     titles = ("replica", "replicas", "sequences", "first token", "token", "latency", "tokens/s", "GiB", "MiB a seq.")
     lines.append(row.format(*titles))
@@ -209,7 +215,7 @@ def text(question: Serving, plans: list[ServingPlan], model: str) -> list[str]:
                 f"{plan.first_token * 1e3:,.0f} ms",
                 f"{plan.token * 1e3:,.1f} ms",
                 f"{plan.latency:,.2f} s",
-                f"{plan.throughput:,.0f}",
+                f"{plan.throughput:,.0f}" if plan.throughput >= 10 else f"{plan.throughput:.2g}",
                 f"{plan.memory / 2**30:.1f}",
                 f"{plan.cache / 2**20:,.0f}",
             )

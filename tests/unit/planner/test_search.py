@@ -118,7 +118,6 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert parse_layout(best["layout"]).world == best["devices"] <= 8
     for wrong, message in (
         (["--layout", "tp2"], "cannot be combined with --search"),
-        (["--devices", "0"], "from 1"),
         (["--memory", "0"], "above 0"),
         (["--budget", "1e20"], "without --search"),
         (["--tokens", "1e12"], "--tokens: is for a plan without --search"),
@@ -131,6 +130,8 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err
     assert cli.main(["plan", "--model", "telechat2-7b", "--devices", "8"]) == 2
     assert "belongs to --search" in capsys.readouterr().err
+    assert cli.main([*SEARCH, "--devices", "0"]) == 2
+    assert "--devices: must be from 1" in capsys.readouterr().err
     assert cli.main([*SEARCH, "--devices", "1", "--memory", "4"]) == 1
     assert "none fits" in capsys.readouterr().out
 
