@@ -103,11 +103,44 @@ Exit codes: 0 success; 2 an error in the input (one line says how to fix it); 1 
 The command can also be called as `python -m telechat_twins.core.cli`."""
 
 
+_GIVEN = " given"  # name in a namespace, which no option can have: the values of options that were given
+
+
+class _Once(argparse._StoreAction):
+    """argparse's "store", which keeps the last of several values in silence, for options with one value."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: object,
+        option_string: str | None = None,
+    ) -> None:
+        if option_string is not None:
+            given = namespace.__dict__.setdefault(_GIVEN, {})
+            if self.dest not in given:
+                given[self.dest] = values
+            elif given[self.dest] != values:
+                parser.error(
+                    f"argument {option_string}: was given twice, as {_words(given[self.dest])} and {_words(values)}; "
+                    "leave one out"
+                )
+        super().__call__(parser, namespace, values, option_string)  # type: ignore[arg-type]
+
+
+def _words(values: object) -> str:
+    """The values of an option, as they stand on the command line."""
+    return " ".join(map(shown, values if isinstance(values, list) else [values]))
+
+
 class Parser(argparse.ArgumentParser):
-    """argparse with one-line errors, a suggestion for a misspelt option, and no abbreviations."""
+    """argparse with one-line errors, a suggestion for a misspelt option, no abbreviations, and no option that silently
+    replaces an earlier one."""
 
     def __init__(self, **settings: object) -> None:
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)  # type: ignore[arg-type]
+        for name in (None, "store"):
+            self.register("action", name, _Once)
 
     def error(self, message: str) -> NoReturn:
         text = re.sub(r"\\\n +", "", f"{self.description}\n{self.epilog}")  # a line that "\" continues is one
@@ -126,6 +159,7 @@ class Parser(argparse.ArgumentParser):
         elif self._subparsers is None or args and args[0].startswith("--"):
             self._refuse_unknown(args if self._subparsers is None else args[:1])
         parsed, unknown = self.parse_known_args(args, namespace)
+        parsed.__dict__.pop(_GIVEN, None)
         if unknown:
             (inner or self)._unknown(unknown[0])
         for name, value in vars(parsed).items():

@@ -15,7 +15,7 @@ import pytest
 
 from telechat_twins.core import cli
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.near import OPTIONS, near_path, nearest
+from telechat_twins.core.near import OPTIONS, near_path, nearest, nearest_name
 from telechat_twins.core.shown import from_here
 from telechat_twins.core.train.progress import Console
 from tests.house import ROOT
@@ -195,6 +195,12 @@ def test_a_script_parses_its_own_command_line(monkeypatch: pytest.MonkeyPatch) -
         (["train", "--backend", "mindspore"], "did you mean 'ms'?"),
         (["train", "--backend", "PyTorch"], "did you mean 'pt'?"),
         (["plan", "--model", "telechat-7b"], "did you mean 'telechat2-7b'?"),
+        (["plan", "--model", "115b"], "did you mean 'telechat2-115b'?"),
+        (["plan", "--model", "1T"], "did you mean 'teleflm-1t'?"),
+        (["plan", "--config", "7b"], "did you mean 'telechat2-7b'?"),
+        (["plan", "--model", "telechat2-7b", "--machine", "h100"], "did you mean 'h100-sxm'?"),
+        (["plan", "--model", "telechat2-7b", "--layout", "tp2", "--layout", "pp2"], "twice, as 'tp2' and 'pp2'"),
+        (["eval", "iq", "--seed", "1", "--seed=2"], "--seed: was given twice, as 1 and 2; leave one out"),
         (["train", "--backend", "ms", "--config", "telechat2-tny"], "did you mean 'telechat2-tiny'?"),
         (["--print-completion", "bsh"], "did you mean 'bash'?"),
     ],
@@ -202,6 +208,33 @@ def test_a_script_parses_its_own_command_line(monkeypatch: pytest.MonkeyPatch) -
 def test_near_misses_get_a_hint(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(words) == 2
     assert says in capsys.readouterr().err
+
+
+def test_no_option_replaces_an_earlier_one() -> None:
+    """Of all verbs and their actions: an option with one value refuses a second one."""
+    parsers, checked = [cli.command_module("completion").whole_parser()], 0
+    while parsers:
+        for action in parsers.pop()._actions:
+            if isinstance(action, argparse._SubParsersAction):
+                parsers += action.choices.values()
+            elif isinstance(action, argparse._StoreAction) and action.option_strings:
+                checked += 1
+                assert isinstance(action, cli._Once), action.option_strings
+    assert checked > 200
+    parser = cli.Parser(prog="p", description="")
+    parser.epilog = None
+    parser.add_argument("--a", nargs="+")
+    assert vars(parser.parse_args(["--a", "1", "2", "--a", "1", "2"])) == {"a": ["1", "2"]}
+    with pytest.raises(UserError, match="--a: was given twice, as '1' '2' and '3'"):
+        parser.parse_args(["--a", "1", "2", "--a", "3"])
+
+
+def test_names_are_found_by_their_parts() -> None:
+    sizes = ["t1-7b", "other-7b", "family-7b", "family-7b-lora", "family-35b"]
+    assert nearest_name("7b", sizes) == "family-7b"
+    assert nearest_name("lora_7B", sizes) == "family-7b-lora"
+    assert nearest_name("famly-35b", sizes) == "family-35b"
+    assert nearest_name("", sizes) is nearest_name("9x", sizes) is None
 
 
 def test_completion_knows_every_verb(monkeypatch: pytest.MonkeyPatch) -> None:
