@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo bench docs reference test test-unit test-parallel-full soak operators campaigns campaign-kills campaign-corruption campaign-hostile \
-        campaign-equivalence campaign-memory mutation locate record-trials record-cost relay eval-check ascend-lower gpu-check mindformers-check matrix matrix-ci docs-check plan-check plan-steps plan-table asan lint format lock clean
+        campaign-equivalence campaign-memory mutation locate record-trials record-cost relay eval-check ascend-lower gpu-check mindformers-check matrix matrix-ci docs-check plan-check plan-steps plan-monotone plan-table asan lint format lock clean
 
 VENV ?= .venv
 EXTRAS := ms,pt,serve,data,tokenizers,dev
@@ -52,7 +52,8 @@ help:
 	@echo "make ascend-lower  compile every Triton kernel for Ascend910B3 as far as a machine without one can (1 minute)"
 	@echo "make gpu-check  tests and benchmarks of a machine with a GPU; leaves gpu-check.json"
 	@echo "make mindformers-check  converted weights in MindFormers' own networks, in an environment of its own"
-	@echo "make plan-steps  measured against predicted seconds of a step on this machine, idle (PROCESSOR=EPYC, 3 minutes)"
+	@echo "make plan-steps  measured against predicted seconds of a step on this machine, idle (PROCESSOR=EPYC, 4 minutes)"
+	@echo "make plan-monotone  500 random machines and models: better ones never make the best plan worse (10 minutes)"
 	@echo "make plan-check  measured against predicted peak memory of 23 small trainings in both frameworks (an hour)"
 	@echo "make plan-table  search the tables of best layouts in docs/parallel.md anew (2 minutes)"
 	@echo "make matrix     goldens, parity, conversion and exports in environments of other versions; writes docs/matrix.md"
@@ -123,6 +124,9 @@ docs-check: docs
 
 plan-steps: operators
 	$(RUN) -m tests.campaigns.plan_steps --label $(PROCESSOR) --machines $(CAMPAIGN_ARGS)
+
+plan-monotone:
+	$(RUN) -m tests.campaigns.plan_monotone $(CAMPAIGN_ARGS)
 
 plan-table:
 	$(RUN) -m tests.campaigns.plan_table $(CAMPAIGN_ARGS)

@@ -1,5 +1,5 @@
 """Forecasts of this computer's steps beside the measured ones: the table at the end of docs/planning.md, for an idle
-machine: `python -m tests.campaigns.plan_steps --label EPYC`, some seven minutes.
+machine: `python -m tests.campaigns.plan_steps --label EPYC`, some four minutes.
 
 It runs `tele bench parallel --calibrate` in both backends, writes the rows of the processor ``--label`` into both
 languages' pages, and prints the whole report. ``--machines`` also writes configs/machines/cpu-LABEL-BACKEND.yaml from

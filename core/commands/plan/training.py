@@ -36,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
     check_layout(layout, config)
     _check_micro_batches(layout, settings)
     if args.recompute_lists is not None:
+        if args.recompute is not None:
+            raise UserError("--recompute: --recompute-lists stands in its place; leave one of them out")
         if args.machine is not None:
             raise UserError("--recompute-lists: gives memory, and no time; leave --machine out, or give --recompute")
         settings["lists"] = _lists(args.recompute_lists, layout, config)

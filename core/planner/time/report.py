@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.flops import flops_per_token
 from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.planner.machine import Machine
 from telechat_twins.core.planner.time.step import StepTime
@@ -48,6 +49,7 @@ def report(
         "peak_tflops": step.peak_tflops,
         "peak_source": machine.peak_source(work.precision),
         "mfu": step.mfu,
+        "model_flops_per_token": flops_per_token(model, work.seq_len),
         "bubble": step.bubble,
         "exposed_seconds": dict(step.exposed),
         "breakdown_seconds": dict(step.breakdown),
@@ -93,6 +95,8 @@ def describe(found: JsonObject, title: str) -> list[str]:
         f"time of a step on {found['devices']} devices of {title}: {total:.4g} s, between {low:.4g} and {high:.4g} s",
         f"  {found['tokens_per_s']:,.0f} tokens/s, {found['tokens_per_s_per_device']:,.1f} on each device; "
         f"{rate:.{digits}f} model TFLOP/s a device, MFU {found['mfu']:.1%} of {found['peak_tflops']:g}",
+        "  both count attention's whole square, as published ones do: "
+        f"{found['model_flops_per_token']:.4g} operations a token",
         _memory_line(found["memory"]),
         f"  pipeline bubble {found['bubble']:.1%}; waiting for transfers: "
         + ", ".join(f"{axis} {seconds / total:.1%}" for axis, seconds in found["exposed_seconds"].items()),

@@ -21,9 +21,10 @@ from telechat_twins.core.planner.search.question import POLICIES, Plan, Question
 from telechat_twins.core.planner.search.serving import Serving
 from telechat_twins.core.planner.search.serving import search as serve
 from telechat_twins.core.planner.search.space import Space
+from telechat_twins.core.planner.time import transfers
 from telechat_twins.core.planner.time.step import step_time
 from telechat_twins.core.planner.time.work import Work
-from tests.campaigns import plan_table
+from tests.campaigns import plan_monotone, plan_table
 
 SMALL = dataclasses.replace(load_model_config("telechat2-7b"), num_layers=6)
 QUESTION = Question(SMALL, load_machine("atlas-800t-a2"), 8, 8192, 8, memory_gib=14.0, most_samples=2, top=4)
@@ -81,6 +82,16 @@ def test_more_memory_or_devices_never_make_the_best_plan_worse() -> None:
         seconds = found.plans[0].time.seconds if found.plans else float("inf")
         assert seconds <= best, f"{devices} devices"
         best = seconds
+
+
+def test_what_is_better_is_never_worse_on_random_machines(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some draws of the campaign; a planted link that is slower the more bandwidth it has is found by them."""
+    draws = range(4)
+    assert not [found for number in draws for found in plan_monotone.violations(number, 3)]
+    reached = transfers._reached
+    monkeypatch.setattr(transfers, "_reached", lambda link: 1e20 / reached(link))
+    found = {one.change for number in draws for one in plan_monotone.violations(number, 3)}
+    assert found <= {"node bandwidth", "cluster bandwidth"} and found
 
 
 def test_serving() -> None:

@@ -224,6 +224,8 @@ def test_the_command(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     found = json.loads(capsys.readouterr().out)["time"]
     assert found["interval"][0] < found["seconds"] < found["interval"][1] and found["peak_tflops"] == 313
     assert found["budget"]["days"] == pytest.approx(1e12 / found["tokens_per_s"] / 86400)
+    rate = found["tokens_per_s_per_device"] * found["model_flops_per_token"]
+    assert rate == pytest.approx(found["tflops_per_device"] * 1e12)
     assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
     assert found["memory"]["fits"] and found["memory"]["device_bytes"] == 64 * 2**30
     assert cli.main([*argv, "--recompute", "selective"]) == 0
@@ -288,6 +290,7 @@ def test_mistakes_are_named(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
         (["--config", "configs/train/telechat2-7b-lora.yaml", "--machine", "h100-sxm"], "without lora"),
         (["--model", "telechat2-7b", "--layout", "pp2.vpp2", "--micro-batches", "3"], "multiple of pp 2"),
         (["--model", "telechat2-7b", "--layout", ""], "unknown part"),
+        (["--model", "telechat2-7b", "--recompute", "full", "--recompute-lists", "x"], "stands in its place"),
     ):
         assert cli.main(["plan", *words]) == 2
         assert hint in capsys.readouterr().err
