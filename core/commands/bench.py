@@ -275,6 +275,12 @@ def _measured(
         text = memory_to_markdown(result)
     elif args.what == "parallel":
         machines = [load_machine(name) for name in args.machine or ()]
+        for machine in machines:
+            if machine.backend not in (None, *names):
+                raise UserError(
+                    f"--machine: {machine.name} was measured with {machine.backend}, which is not among --backends "
+                    f"{' '.join(names)}; leave it out, or add the backend"
+                )
         result = measure_layouts(options, layouts, names, args.steps, args.block, machines, bool(args.calibrate))
         text = layouts_to_markdown(result)
     elif args.what == "decode":

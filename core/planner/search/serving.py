@@ -1,12 +1,13 @@
 """The best way to serve a model on a number of devices: tensor x pipeline ranks of a replica, and its batch.
 
 A replica holds the weights in bf16, or matrices in int8 with a factor a row, and a paged cache of keys and values. A
-prompt of P tokens is computed once; then each of A steps reads all weights and every sequence's cache. A matrix product
-takes the longer of its operations and its bytes; a tensor rank waits for two sums a layer. Pipeline stages work on
-different sequences at the same time: they add throughput and cache, and no speed for one request.
+prompt of P tokens is computed once, short ones several in a pass; then each of A steps reads all weights and every
+sequence's cache. A matrix product takes the longer of its operations and its bytes; a tensor rank waits for two sums a
+layer. Pipeline stages work on different sequences at the same time: they add throughput and cache, and no speed for one
+request.
 
     latency of a request   prompt + A * step(1)
-    tokens a second        pp * b * A / (b * prompt + A * step(b)) for each replica with b sequences a stage
+    tokens a second        pp * b * A / (prompts(b) + A * step(b)) for each replica with b sequences a stage
 
 `tele serve` runs the stages of a pipeline one after another; that they work at the same time is for planning only.
 """
@@ -30,6 +31,7 @@ from telechat_twins.core.types import JsonObject
 WIDTH = 2  # bytes of an activation, a key or a value
 OPERATORS = 14  # of a block in a step: products, norms, rotation, cache, attention, activation, sums
 MOST_SEQUENCES = 4096
+STEP_TOKENS = 512  # of prompts that share a pass, as in core.inference.engine; a longer prompt has one of its own
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ def _plan(question: Serving, tp: int, pp: int) -> ServingPlan | None:
     """The plan of these ranks with the batch that serves the target; None if not one sequence fits."""
     model, length = question.model, question.prompt + question.answer
     layers = -(-model.num_layers // pp)
-    fixed = weight_bytes(model, tp, pp, question.quantize) + working_bytes(model, tp, question.prompt)
+    together = 1 if question.target == "latency" else max(1, STEP_TOKENS // question.prompt)
+    fixed = weight_bytes(model, tp, pp, question.quantize) + working_bytes(model, tp, together * question.prompt)
     each = pp * cache_bytes(model, tp, length, layers)  # every stage's sequences pass through all stages
     most = int((question.limit - fixed) // each)
     if most < 1:
@@ -107,7 +110,9 @@ def _plan(question: Serving, tp: int, pp: int) -> ServingPlan | None:
     prompt, alone = costs.prompt(), costs.step(1)
 
     def throughput(batch: int) -> float:
-        return replicas * pp * batch * question.answer / (batch * prompt + question.answer * costs.step(batch))
+        share = min(batch, together)
+        prompts = batch / share * (prompt if share == 1 else costs.prompt(share))
+        return replicas * pp * batch * question.answer / (prompts + question.answer * costs.step(batch))
 
     sizes = {1} if question.target == "latency" else {*(1 << n for n in range(13)), most}
     batch = max((b for b in sizes if b <= min(most, MOST_SEQUENCES)), key=throughput)
@@ -139,11 +144,11 @@ class _Costs:
         self.matrices = [(E, (H + 2 * K) * D), (H * D, E), (E, inputs * F), (F, E)]
         self.heads, self.keys = H, K
 
-    def prompt(self) -> float:
-        """A whole prompt through all layers, and the first token's logits."""
+    def prompt(self, count: int = 1) -> float:
+        """``count`` whole prompts in one pass through all layers, and the logits of their first tokens."""
         model, P = self.question.model, self.question.prompt
-        attention = 2.0 * P * P * self.heads * model.head_dim / self.rates.attention
-        return model.num_layers * (self._block(P) + attention) + self._ends(P, 1)
+        attention = 2.0 * count * P * P * self.heads * model.head_dim / self.rates.attention
+        return model.num_layers * (self._block(count * P) + attention) + self._ends(count * P, count)
 
     def step(self, sequences: int) -> float:
         """One token for each of ``sequences``, whose caches are half full of answers on average."""

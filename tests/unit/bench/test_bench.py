@@ -153,6 +153,11 @@ def test_mistakes_are_told_before_anything_starts(argv, message):
         bench.run(arguments(*argv))
 
 
+def test_a_machine_of_another_backend_is_refused() -> None:
+    with pytest.raises(UserError, match="cpu-epyc-ms was measured with ms, which is not among --backends pt"):
+        bench.run(arguments("--machine", "cpu-epyc-ms", "--backends", "pt", what="parallel"))
+
+
 def test_a_bad_out_is_found_before_measuring(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").write_text("")
     for out, says in (

@@ -9,12 +9,14 @@ import re
 import pytest
 
 from telechat_twins.core import cli
+from telechat_twins.core.inference.engine import STEP_TOKENS
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.parallel.layout import parse_layout
 from telechat_twins.core.planner.machine import load_machine
 from telechat_twins.core.planner.memory.estimate import Work as MemoryWork
 from telechat_twins.core.planner.memory.estimate import ranks_of
 from telechat_twins.core.planner.memory.inference import weight_bytes
+from telechat_twins.core.planner.search import serving
 from telechat_twins.core.planner.search.best import search
 from telechat_twins.core.planner.search.bounds import Bounds
 from telechat_twins.core.planner.search.question import POLICIES, Plan, Question
@@ -110,6 +112,10 @@ def test_serving() -> None:
         plan = serve(Serving(load_model_config(f"telechat2-{name}"), machine, devices, 64, 128, "latency"))[0]
         assert (plan.tp, plan.pp) == (devices, 1)
         assert 0.75 < 128 / plan.latency / published < 1.3, name
+    # A pass with one token reads as many weights as one with many, so short prompts share it.
+    assert serving.STEP_TOKENS == STEP_TOKENS
+    short, long = (serve(Serving(model, machine, 8, prompt, 1, "throughput"))[0] for prompt in (1, 512))
+    assert short.throughput > 20 * long.throughput and short.first_token < long.first_token
     most = serve(Serving(model, machine, 16, 1024, 256, "throughput"))[0]
     assert most.throughput > 20 / last and most.sequences > 1
 
