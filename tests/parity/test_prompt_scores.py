@@ -144,8 +144,8 @@ def test_bits_per_byte_are_those_of_the_definition(backend: str, tmp_path: Path,
         lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in some)
         (tmp_path / f"{name}.jsonl").write_text(lines, encoding="utf-8")
     domains = [f"--domain={name}={tmp_path / name}.jsonl" for name in texts]
-    options = ["--checkpoint", str(folder), "--max-len", "64", "--weights", "3:1", "--out", str(tmp_path / "out.json")]
-    assert main(["eval", "bpb", "--backend", backend, "--quiet", *options, *domains]) == 0
+    options = ["--checkpoint", str(folder), "--max-len", "64", "--out", str(tmp_path / "out.json")]
+    assert main(["eval", "bpb", "--backend", backend, "--quiet", "--weights", "3:1", *options, *domains]) == 0
     found = json.loads((tmp_path / "out.json").read_text())
     source, tokenizer = open_model(str(folder)), tiny_tokenizer()
     expected = {}
