@@ -82,6 +82,8 @@ def calibrate(backend: str, name: str) -> JsonObject:
     folder = Path(tempfile.mkdtemp(prefix="tele-calibrate-"))
     code = launch(backend, [backend, str(folder)], world, folder / "logs", script=__file__, instead=lambda: None)
     if code:
+        if code == 130:  # interrupted: there is nothing to look up
+            shutil.rmtree(folder, ignore_errors=True)
         raise SystemExit(code)  # the launch has printed the reason, and its logs are kept
     ranks = [json.loads((folder / f"rank_{rank}.json").read_text(encoding="utf-8")) for rank in range(world)]
     shutil.rmtree(folder)
