@@ -21,6 +21,7 @@ from telechat_twins.core.train.script import main
 from telechat_twins.core.train.trainable import first_trained_stage, trainable
 from telechat_twins.core.train.trainer import BaseTrainer, See
 from telechat_twins.kernels.pytorch import ops as kernels
+from telechat_twins.kernels.pytorch.room import keep_freed
 from telechat_twins.kernels.sums import open_sums
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.collectives import agree
@@ -39,6 +40,8 @@ class Trainer(BaseTrainer[Decoder]):
     def __init__(self, config: RunConfig) -> None:
         kernels.select(dataclasses.asdict(config.kernels))
         provide_sums(open_sums)
+        if ops.device().type == "cpu":
+            keep_freed()
         mesh = open_mesh(config.model, config.parallel)
         stages, table = parallelize(
             config.model,

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -52,3 +56,31 @@ def test_a_turned_weight_is_read_where_it_lies(monkeypatch: pytest.MonkeyPatch) 
     exact = x.double() @ weight.double()
     assert out.shape == exact.shape and float((out - exact).abs().max()) < 1e-4
     assert [w.data_ptr() for w in read] == [weight.data_ptr()] and read[0].is_contiguous()
+
+
+KEEPING = """
+import sys, torch
+from telechat_twins.kernels.pytorch import room
+
+def resident() -> int:
+    return int(open("/proc/self/statm").read().split()[1]) * 4096 >> 20
+
+kept = room.keep_freed() if sys.argv[1] == "keep" else None
+before, places = resident(), set()
+for _ in range(3):
+    x = room.empty((16 << 20,), torch.float32).fill_(1.0)
+    places.add(x.data_ptr())
+    del x
+print(kept, resident() - before, len(places))
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="an option of glibc")
+def test_training_keeps_the_memory_of_freed_results() -> None:
+    """Of 64 MiB, which glibc returns to the system otherwise."""
+    kept, back = (
+        subprocess.run([sys.executable, "-c", KEEPING, how], capture_output=True, text=True, check=True).stdout.split()
+        for how in ("keep", "return")
+    )
+    assert kept[0] == "True" and int(kept[1]) >= 60 and kept[2] == "1", kept
+    assert int(back[1]) < 30, back
