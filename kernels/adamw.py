@@ -42,3 +42,9 @@ class AdamWStep:
     def decay_factor(self) -> float:
         """1 - lr * weight_decay: the factor of the old weight in the new one."""
         return 1.0 - self.lr * self.weight_decay
+
+    def scalars(self) -> tuple[float, ...]:
+        """What the C++ operator reads: lr, beta1, beta2, eps, decay factor, 1 / (1 - beta1^step), 1 / sqrt(1 -
+        beta2^step), grad_scale."""
+        corrections = 1.0 / self.bias_correction1, self.bias_correction2**-0.5
+        return self.lr, self.beta1, self.beta2, self.eps, self.decay_factor, *corrections, self.grad_scale

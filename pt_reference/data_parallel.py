@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from telechat_twins.core.parallel.mesh import Mesh
 from telechat_twins.core.parallel.sharding import Bucket, Shard, plan_buckets
 from telechat_twins.core.parallel.transfer import Handle
+from telechat_twins.kernels.pytorch import ops as kernels
 from telechat_twins.pt_reference.collectives import all_reduce, start_all_reduce, start_reduce_scatter
 
 BYTES = 4  # of a float32 gradient
@@ -39,6 +40,7 @@ class GradientBuckets:
         self.buckets = plan_buckets(table, self.parts, limit, by_class)
         device = next((weight.device for weight in weights.values()), None)  # a rank may have none to train
         self._flat = [torch.zeros(bucket.size, dtype=dtype, device=device) for bucket in self.buckets]
+        self.adder = kernels.adder(dtype, torch.device("cpu") if device is None else device)
         self._pending: dict[int, Handle[Tensor]] = {}
         self._passes = 0
         self._seen: dict[str, int] = {}
@@ -63,17 +65,23 @@ class GradientBuckets:
         return [self._pending.pop(number).wait() for number in range(len(self.buckets))]
 
     def discard(self) -> None:
-        """Forget what was accumulated."""
-        for flat in self._flat:
-            flat.zero_()
+        """Forget what was accumulated: the next pass writes over it."""
+        self._seen = {}
 
     def _hook(self, name: str, number: int, accumulator: Tensor):  # type: ignore[no-untyped-def]
         bucket = self.buckets[number]
 
         def take(weight: Tensor) -> None:
-            accumulator.add_(weight.grad)
+            gradient, again = weight.grad, self._seen.get(name, 0)
+            assert gradient is not None  # it has just been accumulated
+            if self.adder is not None:
+                self.adder.accumulate(accumulator, gradient, again > 0)
+            elif again:
+                accumulator.add_(gradient)
+            else:
+                accumulator.copy_(gradient)
             weight.grad = None
-            self._seen[name] = self._seen.get(name, 0) + 1
+            self._seen[name] = again + 1
             # Sums over ranks of the model itself wait for the end: their ranks may be at different places now.
             if not bucket.sum_over and all(self._seen.get(s.name) == self._passes for s in bucket.segments):
                 self._start(number)

@@ -71,15 +71,19 @@ class AdamW:
         # A bucket of weights that several tensor or pipeline ranks hold is counted by its owner.
         counted = self.gradients.parts > 1 or self.mesh.replicas.rank == 0
         squares = [
-            _sum_of_squares(part)
+            self._square_sum(part)
             for part, bucket in zip(self.parts, self.gradients.buckets, strict=True)
             if bucket.owner and counted
         ]
         mine = torch.stack(squares).sum().item() if squares else 0.0
         return math.sqrt(agree([mine], self.mesh.world, "sum")[0])
 
+    def _square_sum(self, part: Tensor) -> Tensor:
+        adder = self.gradients.adder
+        return _sum_of_squares(part) if adder is None else adder.square_sum(part)
+
     def step(self, lr: float, grad_scale: float) -> None:
-        """One update with gradients times ``grad_scale``; gradients are zero afterwards.
+        """One update with gradients times ``grad_scale``; gradients are forgotten afterwards.
 
         ``lr`` is the rate of vector-like parameters; core.train.recipe derives those of the other muP classes.
         """

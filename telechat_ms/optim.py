@@ -83,7 +83,7 @@ class AdamW:
         return total(ops.square(ops.cast(part, ms.float64))) if adder is None else adder.square_sum(part)
 
     def step(self, lr: float, grad_scale: float) -> None:
-        """One update with gradients times ``grad_scale``; gradients are zero afterwards.
+        """One update with gradients times ``grad_scale``; gradients are forgotten afterwards.
 
         ``lr`` is the rate of vector-like parameters; core.train.recipe derives those of the other muP classes.
         """

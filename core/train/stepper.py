@@ -85,7 +85,7 @@ class Stepper(Protocol):
         ...
 
     def update(self, lr: float, grad_scale: float) -> None:
-        """One AdamW step on the fp32 masters with gradients times ``grad_scale``; then gradients are zero again.
+        """One AdamW step on the fp32 masters with gradients times ``grad_scale``; then gradients are forgotten.
 
         ``lr`` is that of vector-like parameters; core.train.recipe.class_rate has that of the others.
         """

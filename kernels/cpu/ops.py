@@ -465,18 +465,5 @@ def adamw(
         raise ValueError(f"grad: {found}, needs a range inside its {size_of(grad)}")
     if copy is not None and size_of(copy) != count:
         raise ValueError(f"copy: {size_of(copy)} elements, needs {count}")
-    scalars = (
-        first,
-        step.lr,
-        step.beta1,
-        step.beta2,
-        step.eps,
-        step.decay_factor,
-        1.0 / step.bias_correction1,
-        step.bias_correction2**-0.5,
-        step.grad_scale,
-        copy is not None,
-        grad_first,
-        count,
-    )
+    scalars = (first, *step.scalars(), copy is not None, grad_first, count)
     e.run("adamw", (master, m, v, grad, either(copy, m)), (), scalars, 0)

@@ -16,11 +16,10 @@ from torch import Tensor
 from telechat_twins.core.model.visibility import KeyRanges
 from telechat_twins.kernels.pytorch.composite import merge_blocks
 from telechat_twins.kernels.pytorch.room import empty
-from telechat_twins.kernels.pytorch.weights import NAMES as FLOATING
 
 __all__ = ["merge_blocks"]  # and the functions below
 
-NAMES = {**FLOATING, torch.int32: "int32", torch.int64: "int64"}
+NAMES = {getattr(torch, name): name for name in ("float32", "bfloat16", "float16", "int8", "int32", "int64", "float64")}
 SERVED = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -86,12 +85,11 @@ def run(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], scalars:
     """Run a kernel on tensors that may be strided except along the last axis; outputs are contiguous."""
     from telechat_twins.kernels.cpu.engine import Call
 
-    call = Call(name, len(inputs), len(outputs), scalars)
+    call, codes = Call(name, len(inputs), len(outputs), scalars), _codes()
     for views, tensors in ((call.inputs, inputs), (call.outputs, outputs)):
         for view, x in zip(views, tensors, strict=False):  # a call without outputs has a view of one
-            view.data, view.ndim, view.dtype = x.data_ptr(), x.ndim, _codes()[x.dtype]
-            for axis in range(x.ndim):
-                view.shape[axis], view.stride[axis] = x.shape[axis], x.stride(axis)
+            view.data, view.ndim, view.dtype = x.data_ptr(), x.ndim, codes[x.dtype]
+            view.shape[: x.ndim], view.stride[: x.ndim] = x.shape, x.stride()
     call.run()
 
 

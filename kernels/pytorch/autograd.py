@@ -46,6 +46,20 @@ class Linear(Function):
         return None, *ctx.package.linear_backward(grad, x, weight, ctx.needs_input_grad[1:4]), None
 
 
+class Add(Function):
+    """stream + branch of one shape, in the dtype of the stream."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, stream: Tensor, branch: Tensor) -> Tensor:
+        ctx.dtype = branch.dtype
+        return in_cpp.add(stream, branch)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        return grad, grad.to(ctx.dtype)
+
+
 class Embedding(Function):
     """Rows of a table. Saves the ids."""
 

@@ -1,4 +1,6 @@
-"""Norms, rotary embedding, activations and loss of PyTorch's CPU by the C++ operators of kernels/cpu: "cpp" of them.
+"""Norms, rotary embedding, activations, loss and AdamW of PyTorch's CPU by the C++ operators of kernels/cpu: "cpp" of
+them. They share one pool of threads with the products: PyTorch's own threads would wait for a processor that a thread
+of the pool still holds.
 
 Names, shapes and results are those of kernels/pytorch/composite.py; statistics are float32. float32, bfloat16 and
 float16 are served.
@@ -7,12 +9,14 @@ float16 are served.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.pytorch.attention_in_cpp import run, unit_stride
 from telechat_twins.kernels.pytorch.room import empty
 
-OPERATORS = ("rms_norm", "layer_norm", "rope", "swiglu", "gelu", "cross_entropy")
+OPERATORS = ("rms_norm", "layer_norm", "rope", "swiglu", "gelu", "cross_entropy", "embedding", "adamw")
 
 
 def rms_norm(
@@ -143,6 +147,47 @@ def cross_entropy_backward(
     out = torch.empty_like(rows)
     run("cross_entropy_backward", inputs, (out,), scalars)
     return out
+
+
+def embedding(table: Tensor, ids: Tensor) -> Tensor:
+    return F.embedding(ids, table)  # PyTorch's, which refuses an id outside the table
+
+
+def embedding_backward(grad: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
+    out = empty((vocab_size, grad.shape[1]), torch.float32)
+    run("embedding_backward", (grad.contiguous(), ids.contiguous()), (out,), ())
+    return out
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y of one shape, in the dtype of x."""
+    out = empty(x.shape, x.dtype)
+    run("add", (x.contiguous(), y.contiguous()), (out,), ())
+    return out
+
+
+def column_sum(x: Tensor) -> Tensor:
+    """The sums of x [N, C] over its rows, [C] in float32."""
+    out = x.new_empty(x.shape[1], dtype=torch.float32)
+    run("column_sum", (x.contiguous(),), (out,), ())
+    return out
+
+
+def square_sum(x: Tensor) -> Tensor:
+    """Sum of the squares of a contiguous vector, float64 []; squared and added in float64."""
+    out = torch.empty(1, dtype=torch.float64)
+    run("square_sum", (x,), (out,), ())
+    return out[0]
+
+
+def accumulate(into: Tensor, x: Tensor, add: bool) -> None:
+    """into += x, or without ``add`` into = x; ``into`` contiguous float32, x of its size."""
+    run("accumulate", (into, x.contiguous()), (), (0, add))
+
+
+def adamw(master: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: AdamWStep, copy: Tensor | None = None) -> None:
+    inputs = (master, m, v, grad, master if copy is None else copy)
+    run("adamw", inputs, (), (0, *step.scalars(), copy is not None, 0, grad.numel()))
 
 
 def _either(x: Tensor | None, other: Tensor) -> Tensor:

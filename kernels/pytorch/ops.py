@@ -183,7 +183,9 @@ def linear(
 
 
 def add(stream: Tensor, branch: Tensor) -> Tensor:
-    """stream + branch, in the dtype of ``stream``."""
+    """stream + branch, in the dtype of ``stream``; the sum belongs to that of ``add_rms_norm``."""
+    if serving("rms_norm", stream) is in_cpp and stream.shape == branch.shape:
+        return torch_autograd.Add.apply(stream, branch)
     return stream + branch.to(stream.dtype)
 
 
@@ -417,6 +419,13 @@ def _shard_package(logits: Tensor) -> ModuleType:
             "kernels.cross_entropy: torch does not support a vocabulary divided over ranks; set triton or composite"
         )
     return package
+
+
+def adder(master_dtype: torch.dtype, device: torch.device) -> ModuleType | None:
+    """The module with ``accumulate`` and ``square_sum`` of flat gradients in the dtype of the masters; None: PyTorch's
+    own operators. It is AdamW's."""
+    module = serving("adamw", torch.empty(0, dtype=master_dtype, device=device))
+    return module if module is in_cpp else None
 
 
 def adamw(master: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: AdamWStep, copy: Tensor | None = None) -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from telechat_twins.kernels.pytorch import cpu as torch_cpu
+from telechat_twins.kernels.pytorch.in_cpp import column_sum
 from telechat_twins.kernels.pytorch.room import empty
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def linear_backward(
     return (
         _product(rows, weight, turn_w=True).view(*grad.shape[:-1], weight.shape[1]) if needs[0] else None,
         _product(rows, x.reshape(-1, x.shape[-1]), turn_a=True, turn_w=True) if needs[1] and x is not None else None,
-        rows.sum(0) if needs[2] else None,
+        column_sum(rows) if needs[2] else None,
     )
 
 

@@ -348,7 +348,7 @@ def test_loss_and_the_place_of_its_gradient(name: str) -> None:
     assert torch.equal(held, before) == (name == "composite")
 
 
-@pytest.mark.parametrize("package", PACKAGES.values(), ids=PACKAGES)
+@pytest.mark.parametrize("package", COMPILED.values(), ids=COMPILED)
 def test_adamw_with_scale_and_copy(package: ModuleType) -> None:
     arrays = [draw(1031), draw(1031, seed=1), draw(1031, seed=2, spread=0.1), draw(1031, seed=3) ** 2]
     step = AdamWStep(3, lr=1e-2, beta1=0.9, beta2=0.95, eps=1e-8, weight_decay=0.1, grad_scale=0.3)
@@ -358,6 +358,8 @@ def test_adamw_with_scale_and_copy(package: ModuleType) -> None:
         return dict(zip(("master", "m", "v"), found, strict=True))
 
     for dtype, floor in ((torch.float32, FLOOR), (torch.float64, 1e-14)):
+        if dtype == torch.float64 and package is in_cpp:
+            continue
         master, grad, m, v = (torch.from_numpy(a.copy()).to(dtype) for a in arrays)
         copy = torch.empty_like(master, dtype=torch.bfloat16)
         package.adamw(master, grad, m, v, step, copy=copy)
@@ -496,8 +498,8 @@ def test_choices_of_the_devices() -> None:
     assert pytorch.choices() is chosen and chosen["rms_norm"].reason == "requested"
     assert pytorch.serving("rms_norm", q4) is torch_composite and pytorch.serving("swiglu", q4) is in_cpp
     assert "composite: rms_norm (requested)" in describe(chosen)
-    with pytest.raises(UserError, match="kernels.adamw: 'cpp' is not an implementation on CPU; use one of: torch, "):
-        pytorch.select({"adamw": "cpp"})
+    with pytest.raises(UserError, match="kernels.merge_blocks: 'cpp' is not an implementation on CPU; use one of: "):
+        pytorch.select({"merge_blocks": "cpp"})
     with pytest.raises(ValueError, match="device: got 'tpu'"):
         pytorch.select({}, "tpu")
     assert pytorch.choices() is chosen, "a mistake changes nothing"
@@ -516,3 +518,22 @@ def test_an_accelerator_without_its_kernels_is_an_error(monkeypatch: pytest.Monk
     assert chosen["attention"].implementation == "torch" and chosen["rms_norm"].implementation == "triton"
     chosen = pytorch.select({}, "npu")
     assert chosen["attention"].implementation == "cann" and chosen["cross_entropy"].implementation == "triton"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_of_a_step_by_the_compiled_operators(dtype: torch.dtype) -> None:
+    """Gradients into their bucket, written and then added; sums of squares, of columns and of two tensors."""
+    x, y = (torch.from_numpy(draw(33, 70, seed=seed)).to(dtype) for seed in (0, 1))
+    bucket = torch.full((3 * x.numel(),), float("nan"))
+    place = bucket[x.numel() : 2 * x.numel()].view(x.shape)
+    in_cpp.accumulate(place, x, False)
+    assert torch.equal(place, x.float()), "what was there before does not count"
+    in_cpp.accumulate(place, y, True)
+    assert torch.equal(place, x.float() + y.float())
+    assert int(bucket.isnan().sum()) == 2 * x.numel(), "neighbours stay"
+    assert torch.equal(in_cpp.add(x, y), (x.float() + y.float()).to(dtype))
+    torch.testing.assert_close(in_cpp.square_sum(x.flatten()), x.double().square().sum(), rtol=1e-14, atol=0.0)
+    torch.testing.assert_close(in_cpp.column_sum(x), x.double().sum(0).float(), rtol=1e-6, atol=1e-5)
+    ids = torch.arange(33) % 7
+    truth = torch.zeros(9, 70, dtype=torch.float64).index_add_(0, ids, x.double()).float()
+    torch.testing.assert_close(in_cpp.embedding_backward(x, ids, 9), truth, rtol=1e-6, atol=1e-5)
