@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,15 +26,16 @@ from telechat_twins.core.model.config import (
 )
 from telechat_twins.core.model.lora import LoraConfig, check_lora
 from telechat_twins.core.model.xpos_range import check_xpos_range
-from telechat_twins.core.near import nearest_name
+from telechat_twins.core.near import near_path, nearest_name
 from telechat_twins.core.parallel.layout import Layout
-from telechat_twins.core.schema import from_mapping, in_file, load_yaml, option, set_dotted
+from telechat_twins.core.schema import blank_keys, from_mapping, in_file, load_yaml, option, set_dotted
 from telechat_twins.core.sections.evaluation import EvalConfig as EvalConfig
 from telechat_twins.core.sections.evaluation import HeldOutSourceConfig as HeldOutSourceConfig
 from telechat_twins.core.sections.misnamed import check_names
 from telechat_twins.core.sections.optim import SCHEDULES as SCHEDULES
 from telechat_twins.core.sections.optim import OptimConfig as OptimConfig
 from telechat_twins.core.sections.optim import PreferenceConfig as PreferenceConfig
+from telechat_twins.core.sections.paths import anchor_paths, check_paths
 from telechat_twins.core.types import JsonObject
 from telechat_twins.core.watching import TRACKERS, ProfileConfig, check_watching
 
@@ -312,29 +315,55 @@ def load_run_config(
     tree = load_run_tree(path, overrides)
     train = tree.get("train")
     init = train.get("init") if isinstance(train, dict) else None
-    base = model_of(init) if model_of is not None and isinstance(init, str) else None
-    try:
+    with naming_lines(path, overrides):
+        base = model_of(init) if model_of is not None and isinstance(init, str) else None
         return run_config_from_dict(tree, base)
-    except UserError as error:
-        raise UserError(in_file(str(error), bundled_file(path, "train", "--config"), overrides)) from None
 
 
 def load_run_tree(path: str | Path, overrides: Sequence[str] = ()) -> JsonObject:
     """What load_run_config validates: the file's mapping with paths made whole and overrides applied."""
     file = bundled_file(path, "train", "--config")
     tree = load_yaml(file)
+    _refuse_blanks(file, overrides)
     if not isinstance(tree, dict):
         raise UserError(f"{file}: expected a mapping with model, data, train and optim")
     if isinstance(tree.get("model"), str):
         tree["model"] = {"preset": tree["model"]}
     folder = file.resolve().parent
     if isinstance(tree.get("model"), dict) and isinstance(tree["model"].get("preset"), str):
-        tree["model"]["preset"] = _beside(tree["model"]["preset"], folder)
+        tree["model"]["preset"] = _beside(os.path.expanduser(tree["model"]["preset"]), folder)
     bundled = is_bundled_name(path)
-    _anchor_paths(tree, Path.cwd() / "configs" / "train" if bundled else folder, normalise=bundled)
+    anchor_paths(tree, Path.cwd() / "configs" / "train" if bundled else folder, normalise=bundled)
     for assignment in overrides:
         set_dotted(tree, assignment)
+    with naming_lines(path, overrides):
+        check_paths(tree)
+        preset = tree["model"].get("preset") if isinstance(tree.get("model"), dict) else None
+        if isinstance(preset, str) and preset.endswith((".yaml", ".yml")) and not Path(preset).exists():
+            raise UserError(f"model.preset: {preset}: no such file{near_path(preset)}")
     return tree
+
+
+def _refuse_blanks(file: Path, overrides: Sequence[str]) -> None:
+    """UserError for a key with nothing behind it, unless an override sets it: it would mean the default, unsaid."""
+    given = [override.partition("=")[0] for override in overrides]
+    for key, line in blank_keys(file):
+        if not any(key == name or name.startswith(f"{key}.") for name in given):
+            raise UserError(
+                f"{file}:{line}: {key}: nothing stands behind it; give a value, write null for none, or take it out"
+            )
+
+
+@contextmanager
+def naming_lines(path: str | Path, overrides: Sequence[str] = ()) -> Iterator[None]:
+    """Put the file, and the line, in front of an error that begins with a key of a run, as in the YAML ``path``."""
+    try:
+        yield
+    except UserError as error:
+        first = re.match(r"\w*", str(error))
+        if first is None or first[0] not in {"config", *(field.name for field in dataclasses.fields(RunConfig))}:
+            raise
+        raise UserError(in_file(str(error), bundled_file(path, "train", "--config"), overrides)) from None
 
 
 def run_config_from_dict(tree: JsonObject, base: ModelConfig | None = None) -> RunConfig:
@@ -344,27 +373,3 @@ def run_config_from_dict(tree: JsonObject, base: ModelConfig | None = None) -> R
     if "model" in values or base is not None:
         values["model"] = load_model_config(values.get("model", {}), base=base).to_dict()
     return from_mapping(RunConfig, values, "")
-
-
-def _anchor_paths(tree: JsonObject, folder: Path, normalise: bool = False) -> None:
-    """Make paths of sources and train.init absolute, from ``folder``; ``normalise`` when that may not exist."""
-    train, data = tree.get("train"), tree.get("data")
-    if isinstance(train, dict) and isinstance(train.get("init"), str):
-        train["init"] = _joined(folder, train["init"], normalise)
-    stages = train.get("stages") if isinstance(train, dict) else None
-    for holder in (data, tree.get("eval"), *(stages if isinstance(stages, list) else ())):
-        _anchor_sources(holder, folder, normalise)
-
-
-def _anchor_sources(holder: object, folder: Path, normalise: bool) -> None:
-    sources = holder.get("sources") if isinstance(holder, dict) else None
-    for source in sources if isinstance(sources, list) else []:
-        if isinstance(source, dict) and isinstance(source.get("path"), str):
-            source["path"] = _joined(folder, source["path"], normalise)
-
-
-def _joined(folder: Path, path: str, normalise: bool) -> str:
-    """``folder``/``path``; a "../" that begins ``path`` is taken off the resolved ``folder``: no detours shown."""
-    while path.startswith("../"):
-        folder, path = folder.parent, path[3:].lstrip("/")
-    return os.path.normpath(folder / path) if normalise else str(folder / path)

@@ -52,6 +52,8 @@ RUN_KEYS = {
     "warmup_steps": "optim.warmup_steps",
     "warmup_ratio": "optim.warmup_ratio",
     "weight_decay": "optim.weight_decay",
+    "gradient_accumulation_steps": "train.global_batch",
+    "accumulate_grad_batches": "train.global_batch",
     "adam_beta1": "optim.beta1",
     "adam_beta2": "optim.beta2",
     "adam_eps": "optim.eps",
@@ -109,13 +111,14 @@ OPTIONS = {
 
 def nearest(word: object, known: Iterable[str], cutoff: float = 0.6) -> str | None:
     """The word of ``known`` most similar to ``word``, with a similarity of at least ``cutoff``; None if there is none,
-    or ``word`` is too long. Exchanged letters, the commonest slip, count as most similar."""
+    or ``word`` is too long. Other cases and hyphens, then exchanged letters, count as most similar."""
     text = str(word) if not isinstance(word, int) else ""
     if len(text) > LONGEST:
         return None
     names = [name for name in known if len(name) <= LONGEST]
+    same = [name for name in names if text and _bare(name) == _bare(text)]
     exchanged = [name for name in names if text and sorted(name) == sorted(text)]
-    found = exchanged or get_close_matches(text, names, n=1, cutoff=cutoff)
+    found = same or exchanged or get_close_matches(text, names, n=1, cutoff=cutoff)
     return found[0] if found else None
 
 

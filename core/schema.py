@@ -12,7 +12,7 @@ import math
 import re
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn, TypeAlias, TypeVar
 
@@ -20,6 +20,7 @@ import yaml
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MAX_DIGITS, read_text
+from telechat_twins.core.files.yaml_slips import explained, slip
 from telechat_twins.core.near import near_path, nearest
 from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
@@ -50,6 +51,8 @@ def from_mapping(cls: type[T], data: object, where: str) -> T:
     if not isinstance(data, Mapping):
         first = dataclasses.fields(cls)[0].name  # type: ignore[arg-type]
         hint = f"; write {{{first}: {data}}}" if first == "path" and isinstance(data, str) else ""
+        if isinstance(data, str) and (said := slip(data)):
+            hint = f"; {said}"
         raise UserError(f"{where or 'config'}: expected a mapping of options, found {_found(data)}{hint}")
     # A field named by a word of Python ends in "_", which its key in a file does not: `from`.
     fields = {f.name.removesuffix("_"): f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
@@ -102,12 +105,15 @@ def parse_yaml(text: str, where: str, lines: bool = False) -> YamlValue:
     try:
         return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if lines and mark else ""
-        if lines and isinstance(error, yaml.reader.ReaderError):
-            line = f":{text.count(chr(10), 0, error.position) + 1}"
         # A parser's error has a problem, the reader's (a character that may not stand in YAML) a reason.
         reason = getattr(error, "problem", None) or getattr(error, "reason", None) or str(error).splitlines()[0]
+        mark, begun = getattr(error, "problem_mark", None), getattr(error, "context_mark", None)
+        number = mark.line + 1 if mark else 0
+        if isinstance(error, yaml.reader.ReaderError):
+            number = text.count(chr(10), 0, error.position) + 1
+        if isinstance(error, (yaml.scanner.ScannerError, yaml.parser.ParserError)):
+            number, reason = explained(reason, text, number, begun.line + 1 if begun else None)
+        line = f":{number}" if lines and number else ""
         raise UserError(f"{where}{line}: not valid YAML ({reason})") from None
     except RecursionError:
         raise UserError(f"{where}: not valid YAML (nested too deeply)") from None
@@ -142,7 +148,20 @@ def in_file(message: str, path: str | Path, overrides: Sequence[str] = ()) -> st
 
 def key_lines(path: str | Path) -> dict[str, int]:
     """Dotted key of every mapping of a YAML file -> its line, from 1; keys inside lists are left out."""
-    lines: dict[str, int] = {}
+    return {key: line for key, line, _ in _keys(path)}
+
+
+def blank_keys(path: str | Path) -> list[tuple[str, int]]:
+    """(dotted key, line) of every key of a YAML file, outside of lists, behind which nothing stands; not of "null"."""
+    return [
+        (key, line)
+        for key, line, value in _keys(path)
+        if isinstance(value, yaml.ScalarNode) and value.tag == _TAG + "null" and not value.value
+    ]
+
+
+def _keys(path: str | Path) -> Iterator[tuple[str, int, yaml.Node]]:
+    """(dotted key, line, value) of every key outside of lists."""
     ways = [("", yaml.compose(read_text(path, MAX_YAML), Loader=_Loader))]
     seen: set[int] = set()  # an alias may be written a million times, or lead back to itself
     while ways:
@@ -151,9 +170,8 @@ def key_lines(path: str | Path) -> dict[str, int]:
             continue
         seen.add(id(node))
         for key, value in node.value:
-            lines[f"{start}{key.value}"] = key.start_mark.line + 1
+            yield f"{start}{key.value}", key.start_mark.line + 1, value
             ways.append((f"{start}{key.value}.", value))
-    return lines
 
 
 _NAMED = re.compile(r"([\w.\[\]]+)(?:,[\w., ]+)?: (?:unknown key '([^']*)')?")
@@ -330,7 +348,8 @@ def _check(kind: Any, value: Any, path: str, limits: Mapping[str, Any]) -> Any:
     if kind is float and _is(value, int):
         value = float(value)
     if not _is(value, kind):
-        raise UserError(f"{path}: expected {_name(kind)}, found {_found(value)}")
+        one_of = f"one of {', '.join(map(str, limits['choices']))}" if "choices" in limits else _name(kind)
+        raise UserError(f"{path}: expected {one_of}, found {_found(value)}{_meant(kind, value)}")
     if "choices" in limits and value not in limits["choices"]:
         near = nearest(value, map(str, limits["choices"]))
         hint = f" (did you mean '{near}'?)" if near else ""
@@ -342,6 +361,20 @@ def _check(kind: Any, value: Any, path: str, limits: Mapping[str, Any]) -> Any:
             says = {"min": "at least", "max": "at most", "above": "above"}[word]
             raise UserError(f"{path}: must be {says} {limits[word]}, found {value}")
     return value
+
+
+def _meant(kind: Any, value: object) -> str:
+    """The end of a message about a value of another type: how to write the number that it seems to be."""
+    if kind is int and isinstance(value, float) and value.is_integer() and abs(value) < LARGEST:
+        return f"; write {int(value)}"
+    if kind not in (int, float) or not isinstance(value, str):
+        return ""
+    text = value.strip()
+    if (_DECIMAL if kind is int else _FLOAT).match(text) or (kind is float and _DECIMAL.match(text)):
+        return "; take the quotes away" if text == value else "; write the number alone"
+    if text.endswith("%") and _DECIMAL.match(text[:-1]) and kind is float:
+        return f"; write {int(text[:-1]) / 100:g}"
+    return "; write the number alone, in plain digits" if re.match("[-+]?[0-9.]", text) else ""
 
 
 def _plain(kind: Any) -> Any:

@@ -106,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from telechat_twins.convert.initial import open_initial
     from telechat_twins.core.checkpoint.retention import saved_step
-    from telechat_twins.core.config import load_run_config
+    from telechat_twins.core.config import load_run_config, naming_lines
     from telechat_twins.core.data.blend import open_blend
     from telechat_twins.core.data.vocabulary import fit_run
     from telechat_twins.core.launch.command import check_nodes, node_logs
@@ -135,12 +135,13 @@ def run(args: argparse.Namespace) -> int:
     if not (math.isfinite(timeout) and timeout >= 0):
         raise UserError(f"--timeout: must be 0 (never) or a number of seconds above it, found {timeout:g}")
     # A launcher takes seconds to start; what can be refused is refused before that.
-    check_stages(config, nproc * args.nnodes)
-    peak_flops(config)
-    require_trackers(config.track)
-    blend = StagedData(config, open_blend).first
-    if config.train.init is not None and (args.resume is None or (args.resume == "auto" and is_new(out))):
-        open_start(fit_run(config, blend.vocab_size, blend.end_token)[0], open_initial)
+    with naming_lines(args.config, overrides):
+        check_stages(config, nproc * args.nnodes)
+        peak_flops(config)
+        require_trackers(config.track)
+        blend = StagedData(config, open_blend).first
+        if config.train.init is not None and (args.resume is None or (args.resume == "auto" and is_new(out))):
+            open_start(fit_run(config, blend.vocab_size, blend.end_token)[0], open_initial)
     _check_out(out, config.train.init)
     what = f"--out {out}"
     require_free(node_logs(out / "logs", args.node_rank), what)

@@ -173,29 +173,32 @@ def open_blend(data: DataConfig, seed: int, vocab_size: int, pad_token_id: int) 
         raise UserError(f"model.pad_token_id: {pad_token_id} is outside the vocabulary of {vocab_size}")
     opened: list[PackedDataset] = []
     for n, given in enumerate(data.sources):
-        source = PackedDataset(given.path)
+        try:
+            source = PackedDataset(given.path)
+        except UserError as error:
+            raise UserError(f"data.sources[{n}].path: {error}") from None
         # Fewer pieces than rows: the vocabulary may be padded (core.data.vocabulary), on which the caller decides.
         if not 0 <= vocab_size - source.vocab_size <= most_padding(vocab_size, source.vocab_size, own=False):
             raise UserError(
-                f"data.sources[{n}]: {given.path} was made by a tokenizer of {source.vocab_size} pieces but "
+                f"data.sources[{n}].path: {given.path} was made by a tokenizer of {source.vocab_size} pieces but "
                 f"model.vocab_size is {vocab_size}; pack with the model's tokenizer, or set model.vocab_size "
                 "(model.vocab_tokens if the rows beyond only pad)"
             )
         if source.meta["largest_id"] >= source.vocab_size:
             raise UserError(
-                f"data.sources[{n}]: {given.path} holds token id {source.meta['largest_id']}, outside the vocabulary "
-                f"of {source.vocab_size}; pack the data again"
+                f"data.sources[{n}].path: {given.path} holds token id {source.meta['largest_id']}, outside the "
+                f"vocabulary of {source.vocab_size}; pack the data again"
             )
         if opened and source.meta["tokenizer"]["sha256"] != opened[0].meta["tokenizer"]["sha256"]:
             raise UserError(
-                f"data.sources[{n}]: {given.path} was made by another tokenizer than {opened[0].path}; "
+                f"data.sources[{n}].path: {given.path} was made by another tokenizer than {opened[0].path}; "
                 "pack all sources with one tokenizer"
             )
         source.check_seq_len(data.seq_len)
         source.check_isolation(data.isolate_documents)
         if opened and PAIRS in (source.kind, opened[0].kind) and source.kind != opened[0].kind:
             raise UserError(
-                f"data.sources[{n}]: {given.path} is of kind '{source.kind}' and {opened[0].path} of kind "
+                f"data.sources[{n}].path: {given.path} is of kind '{source.kind}' and {opened[0].path} of kind "
                 f"'{opened[0].kind}'; preference pairs are not blended with other data"
             )
         opened.append(source)

@@ -83,7 +83,8 @@ def read_text(path: str | Path, limit: int = MAX_JSON, missing: str = "no such f
     try:
         return read_file(path, limit, missing).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}); convert the file") from None
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}, line {line}); convert the file") from None
 
 
 def load_json(path: Path, what: str, max_bytes: int = MAX_JSON, max_values: int = MAX_VALUES) -> JsonObject:

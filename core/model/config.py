@@ -200,6 +200,9 @@ def load_model_config(spec: str | JsonObject, where: str = "model", base: ModelC
     if not isinstance(spec, dict):
         raise UserError(f"{where}: expected a preset's name or a mapping, found {shown(spec)}")
     values = dict(spec)
+    for key in ("name", "model", "path", "model_name", "model_type"):
+        if key in values and "preset" not in values:
+            raise UserError(f"{where}: unknown key '{key}'; did you mean 'preset'?")
     if "preset" in values:
         values = {**_preset(str(values.pop("preset")), where), **values}
     if base is not None:

@@ -25,6 +25,13 @@ def check_names(run: type, tree: Mapping[str, object]) -> None:
         for key in values if isinstance(values, Mapping) else ():
             if not isinstance(key, str) or key in legal[where]:
                 continue
+            if where and key in legal:
+                raise UserError(f"{where}: unknown key {shown(key)}; it is a section of its own, beside '{where}'")
+            section, _, name = key.partition(".")
+            if name in legal.get(section, ()):
+                raise UserError(
+                    f"{where or 'config'}: unknown key {shown(key)}; write '{name}' in the section '{section}'"
+                )
             right = _place(key, where, legal)
             if right is not None:
                 raise UserError(f"{where or 'config'}: unknown key {shown(key)}; did you mean '{right}'?")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from telechat_twins.core.checkpoint.source import OpenInitial
 from telechat_twins.core.cli import Parser
-from telechat_twins.core.config import RunConfig, load_run_config
+from telechat_twins.core.config import RunConfig, load_run_config, naming_lines
 from telechat_twins.core.launch.worker import SelfEnded, run_script
 from telechat_twins.core.launch.world import launched_world
 from telechat_twins.core.train.health import TrainingStopped
@@ -59,11 +59,12 @@ def main(
         config = load_run_config(
             args.config, overrides, lambda init: model_of_run(init, out, args.resume, open_initial)
         )
-        check_stages(config, launched_world()[1])
-        try:
-            result = train(stepper_factory, config, out, args.resume, open_initial, open_recorder, open_hooks)
-        except TrainingStopped as stop:
-            raise SelfEnded(str(stop)) from None
+        with naming_lines(args.config, overrides):
+            check_stages(config, launched_world()[1])
+            try:
+                result = train(stepper_factory, config, out, args.resume, open_initial, open_recorder, open_hooks)
+            except TrainingStopped as stop:
+                raise SelfEnded(str(stop)) from None
         return 0 if result.interrupted_by is None else 128 + result.interrupted_by
 
     return run_script(run)

@@ -12,6 +12,7 @@ rotary base and the attention scale follow from the row length by the model's ow
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
@@ -107,7 +108,13 @@ class StagedData:
         for stage in plan_stages(config):
             if stage.order == len(self.blends):
                 # Another order for each, or a source that two stages share would begin with the same samples.
-                self.blends.append(open_blend(stage.data, seed + stage.order, model.num_tokens, model.filler_id))
+                try:
+                    blend = open_blend(stage.data, seed + stage.order, model.num_tokens, model.filler_id)
+                except UserError as error:
+                    own = config.train.stages is not None and config.train.stages[stage.number - 1].sources is not None
+                    where = f"train.stages[{stage.number - 1}].sources" if own else "data.sources"
+                    raise UserError(re.sub(r"^data\.sources", where, str(error))) from None
+                self.blends.append(blend)
         self.first = self.blends[0]
         if any(blend.tokenizer() != self.first.tokenizer() for blend in self.blends[1:]):
             raise UserError("train.stages: their sources were made by different tokenizers; pack all with one")

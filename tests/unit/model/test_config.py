@@ -153,7 +153,7 @@ def test_mistake_is_named(change: JsonObject, says: str) -> None:
 
 
 def test_yaml_mistakes_name_file_and_line(tmp_path: Path) -> None:
-    for text, says in (("a: [1,\nb: 2", ":2"), ("a: 1\na: 2\n", "'a' appears twice"), ("!!python/object:os.x {}", "")):
+    for text, says in (("a: [1,\nb: 2", ":1"), ("a: 1\na: 2\n", "'a' appears twice"), ("!!python/object:os.x {}", "")):
         (tmp_path / "x.yaml").write_text(text)
         with pytest.raises(UserError, match="x.yaml") as error:
             load_yaml(tmp_path / "x.yaml")
