@@ -13,10 +13,9 @@ from typing import Any
 from telechat_twins.core.checkpoint.read import open_checkpoint
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.train.metrics import MEASURED, read_metrics
+from tests.campaigns.killed_recipes import RECIPES, STEPS
 from tests.campaigns.killing import Trial, family, finish, kill, leftovers, orphans, shows, start, wait_until
-from tests.support.packed import write_packed
 
-STEPS, EVERY, KEEP, SEQ_LEN = 24, 2, 2, 16
 LAYOUTS = {"pt": ("single", "tp2", "dp2"), "ms": ("single", "tp2")}
 MOMENTS = ("starting", "spawning", "resuming", "training", "saving", "removing", "finishing")
 LEAVE = 600  # seconds for a launch to end after a kill
@@ -24,22 +23,16 @@ LEAVE = 600  # seconds for a launch to end after a kill
 
 @dataclass
 class Work:
-    """The folder of a campaign, with the config and the data of its runs, made at the first use."""
+    """The folder of a campaign, with the configs and the data of its runs, each made at its first use."""
 
     folder: Path
-    whole: dict[tuple[str, str], dict[str, Any]] = field(default_factory=dict)
+    whole: dict[tuple[str, str, str], dict[str, Any]] = field(default_factory=dict)
 
-    def config(self) -> Path:
-        file = self.folder / "run.yaml"
+    def config(self, recipe: str) -> Path:
+        file = self.folder / f"of-{recipe}" / "run.yaml"
         if not file.exists():
-            write_packed(self.folder / "packed", 512, SEQ_LEN)
-            file.write_text(
-                "model: {preset: telechat2-tiny, num_layers: 2, vocab_size: 512}\n"
-                f"data: {{sources: [{{path: packed}}], seq_len: {SEQ_LEN}}}\n"
-                f"train: {{steps: {STEPS}, global_batch: 4, micro_batch: 2}}\n"
-                "optim: {lr: 1e-3, warmup_steps: 2}\n"
-                f"checkpoint: {{every: {EVERY}, keep_last: {KEEP}}}\n"
-            )
+            file.parent.mkdir(parents=True)
+            file.write_text(RECIPES[recipe](file.parent))
         return file
 
 
@@ -47,27 +40,36 @@ class RunTrials:
     """Chains of kills of one backend's runs."""
 
     def __init__(
-        self, backend: str, work: Work, chance: random.Random, moments: Sequence[str] = MOMENTS, how: Sequence[str] = ()
+        self,
+        backend: str,
+        work: Work,
+        chance: random.Random,
+        moments: Sequence[str] = MOMENTS,
+        how: Sequence[str] = (),
+        recipes: Sequence[str] = ("plain",),
     ) -> None:
         """``moments``: when; ``how``: only the launcher, by one of these (default: anyone, by anything)."""
         self.backend, self.work, self.chance, self.moments, self.how = backend, work, chance, moments, how
-        self.count = 0
+        self.recipes, self.count = recipes, 0
 
     def chain(self, kills: int, plan: list[tuple[str, str, str]] | None = None, layout: str = "") -> Iterator[Trial]:
         """Up to ``kills`` kills of one run, or those of ``plan`` (moment, who, how); the last is judged by its end."""
         chance = self.chance
         layout = layout or chance.choice(LAYOUTS[self.backend])
+        recipe = self.recipes[self.count % len(self.recipes)]
         self.count += 1
-        out = self.work.folder / f"{self.backend}-{layout}-{self.count}"
+        out = self.work.folder / f"{self.backend}-{recipe}-{layout}-{self.count}"
         log = out.with_suffix(".log")
-        whole = self._whole(layout)
-        words = self._words(layout, out, "--resume", "auto", "--set", f"checkpoint.asynchronous={_coin(chance)}")
+        whole = self._whole(recipe, layout)
+        words = self._words(
+            recipe, layout, out, "--resume", "auto", "--set", f"checkpoint.asynchronous={_coin(chance)}"
+        )
         last: Trial | None = None
         for number in range(kills):
             if last is not None:
                 yield last
             moment, who, how = plan[number] if plan else self._draw(number, kills)
-            last = self._kill(words, out, log, layout, moment, who, how)
+            last = self._kill(words, out, log, f"{recipe} {layout}", moment, who, how)
             if latest(out) >= STEPS:
                 break
         code = finish(words, log)
@@ -77,9 +79,6 @@ class RunTrials:
         else:
             last.faults.extend(_differences(facts(out), whole))
             last.faults.extend(leftovers(out))
-            steps = sorted(path.name for path in out.glob("step-*"))
-            if steps != [f"step-{STEPS - EVERY:08d}", f"step-{STEPS:08d}"]:
-                last.faults.append(f"leftover: checkpoints {steps}")
         yield last
 
     def _draw(self, number: int, kills: int) -> tuple[str, str, str]:
@@ -93,7 +92,7 @@ class RunTrials:
         who = chance.choice(["launcher", "launcher", "rank", "all", "middle"] + ["scheduler"] * (self.backend == "ms"))
         return moment, who, chance.choice(["-9", "-9", "-9", "-15", "Ctrl-C"]) if who == "launcher" else "-9"
 
-    def _kill(self, words: list[str], out: Path, log: Path, layout: str, moment: str, who: str, how: str) -> Trial:
+    def _kill(self, words: list[str], out: Path, log: Path, what: str, moment: str, who: str, how: str) -> Trial:
         """One start and one kill; a moment that does not come counts as the one that did."""
         before = latest(out)
         process = start(words, log)
@@ -115,7 +114,7 @@ class RunTrials:
         faults += unreadable(out)
         if latest(out) < before:
             faults.append(f"lost: the latest checkpoint was of step {before}, now {latest(out)}")
-        return Trial(f"{self.backend} {layout}", moment, who if victims else "nobody", how, faults)
+        return Trial(f"{self.backend} {what}", moment, who if victims else "nobody", how, faults)
 
     def _await(self, process: subprocess.Popen[bytes], out: Path, moment: str, before: int) -> bool:
         """Wait for a moment of the run; False when the run has ended before."""
@@ -152,20 +151,20 @@ class RunTrials:
             time.sleep(chance.uniform(0, 1.0 if moment == "finishing" else 0.1))
         return process.poll() is None
 
-    def _whole(self, layout: str) -> dict[str, Any]:
+    def _whole(self, recipe: str, layout: str) -> dict[str, Any]:
         """What a run without interruption leaves."""
-        key = (self.backend, layout)
+        key = (self.backend, recipe, layout)
         if key not in self.work.whole:
-            out = self.work.folder / f"whole-{self.backend}-{layout}"
-            code = finish(self._words(layout, out), out.with_suffix(".log"))
+            out = self.work.folder / f"whole-{self.backend}-{recipe}-{layout}"
+            code = finish(self._words(recipe, layout, out), out.with_suffix(".log"))
             if code:
                 raise SystemExit(f"the uninterrupted run ended with {code}; see {out.with_suffix('.log')}")
             self.work.whole[key] = facts(out)
         return self.work.whole[key]
 
-    def _words(self, layout: str, out: Path, *more: str) -> list[str]:
+    def _words(self, recipe: str, layout: str, out: Path, *more: str) -> list[str]:
         words = ["train", "--backend", self.backend, "--layout", layout]
-        return [*words, "--config", str(self.work.config()), "--out", str(out), *more]
+        return [*words, "--config", str(self.work.config(recipe)), "--out", str(out), *more]
 
 
 def _coin(chance: random.Random) -> str:
@@ -193,7 +192,8 @@ def unreadable(out: Path) -> list[str]:
 
 
 def facts(out: Path) -> dict[str, Any]:
-    """Everything that must not depend on interruptions: tensors by their hashes, where the run is, every step's row."""
+    """Everything that must not depend on interruptions: tensors, where the run is, every step's row, which
+    checkpoints are kept."""
     checkpoint = open_checkpoint(out)
     trainer = dict(checkpoint.trainer or {})
     trainer["config"] = {k: v for k, v in trainer["config"].items() if k != "checkpoint"}
@@ -203,7 +203,8 @@ def facts(out: Path) -> dict[str, Any]:
         for kind in ("weights", "optimizer")
         for name in checkpoint.names(kind)
     }
-    return {"trainer": trainer, "rows": rows, **tensors}
+    kept = sorted(path.name for path in out.glob("step-*"))
+    return {"trainer": trainer, "rows": rows, "checkpoints": kept, **tensors}
 
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:

@@ -6,7 +6,8 @@ for bit, to those of work that was never interrupted. What is killed:
 
     run     `tele train`, in PyTorch and MindSpore, by one rank and by two: the launcher, a rank, msrun or torchrun,
             MindSpore's scheduler, or all at once, by -9, -15 or Ctrl-C, while starting, spawning its ranks, resuming,
-            training, saving, removing old checkpoints or finishing
+            training, saving, removing old checkpoints or finishing; whole models, adapters, preferences, stages of
+            length, or with a held-out loss (--recipes)
     data    `tele data --force` over a data set        convert   `tele convert --force` over a released folder
     grow    `tele grow`                                 save      a process that saves and prunes without pause
 """
@@ -26,6 +27,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.campaigns.killed_commands import convert_trials, data_trials, grow_trials, save_trials
+from tests.campaigns.killed_recipes import RECIPES
 from tests.campaigns.killed_runs import MOMENTS, RunTrials, Work
 from tests.campaigns.killing import HOW, Trial
 
@@ -36,7 +38,7 @@ SHARES = {"pt": 44, "ms": 12, "save": 20, "data": 12, "convert": 8, "grow": 4}
 def trials(kind: str, count: int, chance: random.Random, work: Work, only: argparse.Namespace) -> Iterator[Trial]:
     """``count`` trials of one kind."""
     if kind in ("pt", "ms"):
-        runs = RunTrials(kind, work, chance, only.moments, only.how)
+        runs = RunTrials(kind, work, chance, only.moments, only.how, only.recipes)
         while count > 0:
             for trial in runs.chain(min(only.chain, count)):
                 count -= 1
@@ -81,6 +83,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--kinds", nargs="+", choices=sorted(SHARES), default=list(SHARES), help="only these kinds")
     parser.add_argument("--moments", nargs="+", choices=MOMENTS, default=list(MOMENTS), help="of runs: only these")
     parser.add_argument("--how", nargs="+", choices=sorted(HOW), default=[], help="of runs: only `tele`, by these")
+    parser.add_argument("--recipes", nargs="+", choices=list(RECIPES), default=["plain"], help="of runs: what they do")
     parser.add_argument("--chain", type=int, default=5, help="kills of a run before it is left to its end (5)")
     parser.add_argument("--minutes", type=float, default=0.0, help="begin no trial after that many (0: no limit)")
     args = parser.parse_args(argv)
