@@ -9,10 +9,10 @@ a control token's name written in one does not become the token.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 from typing import Protocol
 
@@ -203,16 +203,7 @@ class TemplateLayout:
         those in contents count as well (a collection: those names). ``variables``: further values for it."""
         names = () if allow_control is True else set(self._silent) - set(allow_control or ())
         mark, text = self._marked(messages, tools, add_generation_prompt, names, variables)
-        return self._ids(text, mark)
-
-    def _ids(self, text: str, mark: str) -> list[int]:
-        ids: list[int] = []
-        for segment in self._splitter.split(text):
-            if isinstance(segment, ControlToken):
-                ids.append(segment.id)
-            elif plain := segment.replace(mark, ""):
-                ids += self._tokenizer.encode(plain)
-        return ids
+        return self._cut(text, mark, ())[0]
 
     def encode_answers(
         self, messages: Sequence[JsonObject], tools: Sequence[object] | None = None, allow_control: Allow = False
@@ -221,23 +212,49 @@ class TemplateLayout:
         token where only space follows that."""
         names = set(self._silent) - set(() if allow_control is True else allow_control or ())
         mark, whole = self._marked(messages, tools, False, names, None)
-        ids: list[int] = []
-        mask: list[int] = []
-        at = 0
-        for n, begin, end in self._answers(messages, tools, names, mark, whole):
-            learnt = messages[n].get("weight") != 0
-            ids += self._ids(whole[at:begin], mark)
-            if learnt and ids != self.encode(messages[:n], tools, True, allow_control):
+        answers = self._answers(messages, tools, names, mark, whole)
+        ids, before = self._cut(whole, mark, {edge for _, *edges in answers for edge in edges})
+        mask = [0] * len(ids)
+        for n, begin, end in answers:
+            if messages[n].get("weight") == 0:
+                continue
+            prompt = self.encode(messages[:n], tools, True, allow_control)
+            if not {begin, end} <= {*before} or ids[: before[begin]] != prompt:
                 raise UserError(
                     f"{self.name}: the text before message {n}, an answer, is not the prompt that a chat would have "
                     "there, so that the model would learn another one; give --chat-template builtin"
                 )
-            mask += [0] * (len(ids) - len(mask))
-            ids += self._ids(whole[begin:end], mark)
-            mask += [int(learnt)] * (len(ids) - len(mask))
-            at = end
-        ids += self._ids(whole[at:], mark)
-        return ids, mask + [0] * (len(ids) - len(mask))
+            mask[before[begin] : before[end]] = [1] * (before[end] - before[begin])
+        return ids, mask
+
+    def _cut(self, text: str, mark: str, edges: Collection[int]) -> tuple[list[int], dict[int, int]]:
+        """(ids of ``text``, number of ids before each of ``edges``, which are places in it).
+
+        A text between two control tokens is encoded whole, as a chat does that goes on behind an answer: apart, a part
+        of it begins with a space of its own in SentencePiece. Where the ids of the part before an edge are not those
+        that the whole begins with, no ids of the whole end there, and the parts are encoded apart.
+        """
+        ids: list[int] = []
+        before: dict[int, int] = {}
+        at = 0
+        for segment in self._splitter.split(text):
+            before[at] = len(ids)
+            if isinstance(segment, ControlToken):
+                ids.append(segment.id)
+                at += len(segment.text)
+                continue
+            places = [at, *sorted(edge for edge in edges if at < edge < at + len(segment)), at + len(segment)]
+            whole, first = "", len(ids)  # what is encoded together, and where its ids begin
+            for begin, end in itertools.pairwise(places):
+                part = segment[begin - at : end - at].replace(mark, "")
+                together = self._tokenizer.encode(whole + part)
+                if together[: len(ids) - first] != ids[first:]:
+                    whole, first, together = "", len(ids), self._tokenizer.encode(part)
+                before[begin], whole = len(ids), whole + part
+                ids[first:] = together
+            at += len(segment)
+        before[at] = len(ids)
+        return ids, before
 
     def _answers(
         self,
@@ -254,7 +271,7 @@ class TemplateLayout:
             pieces = [part for piece in text.split(_BEGIN) for part in piece.split(_END)]
             signs = [sign for sign in text if sign in (_BEGIN, _END)]
             if signs == [_BEGIN, _END] * len(numbers) and "".join(pieces) == whole:
-                places = [0, *accumulate(map(len, pieces))]
+                places = [0, *itertools.accumulate(map(len, pieces))]
                 return [(n, places[2 * k + 1], places[2 * k + 2]) for k, n in enumerate(numbers)]
             if signs:
                 raise UserError(f"{self.name}: its {{% generation %}} does not hold one answer each; use builtin")

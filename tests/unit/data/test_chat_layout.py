@@ -204,6 +204,28 @@ def test_what_is_trained_in_a_template_is_what_a_chat_shows(template):
         assert mask[len(prompt) - 1] == 0 and all(mask[len(prompt) :][: len(answer)])
 
 
+LINES = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}SAID\n{% else %}{{ m.role }}: {{ m.content }}\nA:{% endif %}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("end", ["<_end>", " (end)"])
+def test_an_answer_behind_plain_text_is_what_a_chat_goes_on_from(end):
+    """SentencePiece puts a space in front of a text: encoded by itself, an answer behind "A:" would begin with two."""
+    tokenizer = tiny_tokenizer()
+    layout = TemplateLayout(tokenizer, LINES.replace("SAID", " {{ m.content }}" + end), "t")
+    ids, mask = layout.encode_answers(TALK)
+    assert ids == layout.encode(TALK, add_generation_prompt=False)
+    for n in (2, 6):
+        prompt, said = layout.encode(TALK[:n]), layout.encode(TALK[: n + 1], add_generation_prompt=False)
+        assert ids[: len(prompt)] == prompt and mask[len(prompt) - 1 : len(prompt) + 1] == [0, 1]
+        text, answer = tokenizer.decode(said), TALK[n]["content"]
+        assert f"A: {answer}" in text and f"A:  {answer}" not in text
+    taken = [token for token, learnt in zip(ids, mask, strict=True) if learnt]
+    assert tokenizer.decode(taken).count("A:") == 0 and len(taken) == sum(mask) < len(ids)
+
+
 @pytest.mark.parametrize(
     ("template", "says"),
     [
