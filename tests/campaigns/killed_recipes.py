@@ -8,6 +8,7 @@ from pathlib import Path
 from telechat_twins.core.checkpoint.read import Contents, save_checkpoint
 from telechat_twins.core.config import load_run_config
 from telechat_twins.core.model.init import init_weights
+from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer
 from tests.support.packed import write_packed, write_pairs
 
 STEPS, EVERY, KEEP, SEQ_LEN, VOCAB = 24, 2, 2, 16, 512
@@ -54,8 +55,10 @@ def _stages(folder: Path) -> str:
 
 def _held_out(folder: Path) -> str:
     """Keeps the best checkpoint by a loss on other rows."""
-    write_packed(folder / "held", VOCAB, SEQ_LEN, sequences=8, seed=2)
-    return _plain(folder) + "eval: {every: 3, keep_best: true, sources: [{path: held}]}\n"
+    for name, sequences in (("packed", 400), ("held", 8)):
+        write_packed(folder / name, VOCAB_SIZE, SEQ_LEN, sequences, seed=sequences, tokenizer=tiny_tokenizer())
+    sized = _PLAIN.replace(f"vocab_size: {VOCAB}", f"vocab_size: {VOCAB_SIZE}")
+    return sized + "eval: {every: 3, keep_best: true, sources: [{path: held}]}\n"
 
 
 def _from_base(text: str, folder: Path) -> str:
