@@ -90,12 +90,17 @@ def run(args: argparse.Namespace) -> int:
     terminal = sys.stdin.isatty()
     if terminal:
         print("/help lists the commands, /exit leaves", file=sys.stderr)
-    return repl(chat, terminal_lines() if terminal else piped_lines())
+    failed = repl(chat, terminal_lines() if terminal else piped_lines())
+    return 0 if terminal else failed
 
 
 def repl(chat: Chat, lines: Iterator[str]) -> int:
-    """Answer each line and run each /command. An error is one line on stderr, and the conversation goes on."""
+    """Answer each line and run each /command. An error is one line on stderr, and the conversation goes on.
+
+    Returns 2 if there was one, else 0: who pipes questions in sees no errors pass by.
+    """
     results: list[str] = []  # given so far for the tool calls of the last answer
+    code = 0
     for line in lines:
         text = line.strip()
         if not text:
@@ -103,13 +108,14 @@ def repl(chat: Chat, lines: Iterator[str]) -> int:
         try:
             if text.startswith("/"):
                 if _command(chat, text, results):
-                    return 0
+                    break
             else:
                 results.clear()
                 _answer(chat, chat.ask(text, stream=True))
         except UserError as error:
             print(f"error: {error}", file=sys.stderr)
-    return 0
+            code = 2
+    return code
 
 
 def terminal_lines() -> Iterator[str]:

@@ -17,7 +17,11 @@ from telechat_twins.core.train.metrics import Row
 
 def run(args: argparse.Namespace) -> int:
     """Compare the backends, write the report, print its verdict and bounds; 1 when a bound is broken."""
-    config = load_run_config(args.config, args.set)
+    from telechat_twins.convert.initial import open_initial
+
+    config = load_run_config(args.config, args.set, lambda init: open_initial(init).config)
+    if config.train.init is not None:
+        print(f"note: train.init {config.train.init} is not read: the weights are drawn (--weights {args.weights})")
     layouts = read_layouts(args.layouts, config)
     writable_file(Path(args.out) / "report.md", "--out")
     names = list(dict.fromkeys(args.backends))

@@ -22,7 +22,7 @@ def run(args: argparse.Namespace) -> int:
     if not 0 <= args.noise_seed < 2**32:
         raise UserError(f"--noise-seed: must be from 0 to {2**32 - 1}, found {args.noise_seed}")
     writable_file(args.out, "--out")
-    config = _shortened(load_run_config(args.config, args.set), args.steps)
+    config = _shortened(load_run_config(args.config, args.set, lambda init: open_initial(init).config), args.steps)
     envelope = measure(args.backend, config, args.runs, args.noise_seed, open_initial, print)
     out = Path(args.out)
     write_envelope(envelope, out)

@@ -42,7 +42,9 @@ def run(args: argparse.Namespace) -> int:
 
 def load(args: argparse.Namespace) -> RunConfig:
     """The run's config in the layout of ``--layout``."""
-    config = load_run_config(args.config, args.set)
+    from telechat_twins.convert.initial import open_initial
+
+    config = load_run_config(args.config, args.set, lambda init: open_initial(init).config)
     if args.layout is None:
         return config
     layout = dataclasses.replace(parse_layout(args.layout), bucket_mb=config.parallel.bucket_mb)

@@ -238,7 +238,7 @@ def test_saving_adds_to_the_file(tmp_path):
     ],
 )
 def test_mistakes_are_one_line_and_the_talk_goes_on(capsys, line, message):
-    assert repl(chat_of("still here"), iter([line, "hi"])) == 0
+    assert repl(chat_of("still here"), iter([line, "hi"])) == 2  # piped in, they end in an error
     told = capsys.readouterr()
     assert told.out == "still here\n"
     assert told.err.startswith(f"error: {message}") and told.err.count("\n") == 1

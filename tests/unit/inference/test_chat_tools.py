@@ -127,7 +127,7 @@ def test_tools_at_the_terminal(tmp_path, capsys):
     tools.write_text(json.dumps([TOOL]))
     chat = chat_of(tools=None)
     lines = ["/tools", f"/tools {tools}", "/tools", "twice?", "/result rain", "/result sun", f"/save {saved}"]
-    assert repl(chat, iter([*lines, "/result more", "/tools off", "weather?"])) == 0
+    assert repl(chat, iter([*lines, "/result more", "/tools off", "weather?"])) == 2
     told = capsys.readouterr()
     words = told.out.splitlines()
     assert words[:2] == ["", "It rains."] and words[2].startswith("Let me look.")
