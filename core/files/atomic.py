@@ -103,7 +103,8 @@ def publish(building: Path, path: Path) -> None:
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
     """Yield a hidden path beside ``path`` for a new file. On a clean exit it is synced and becomes ``path``, else it is
-    removed, as are files left by killed writers of the same path. OSErrors propagate."""
+    removed, as are files left by killed writers of the same path. OSErrors propagate; one that names no file, as of a
+    write, then names ``path``."""
     beside = _hidden(path)
     for left in path.parent.glob(f"{_BUILDING}{glob.escape(path.name)}-*"):
         with suppress(OSError):
@@ -114,7 +115,9 @@ def new_file(path: Path) -> Iterator[Path]:
         sync(beside)
         os.replace(beside, path)
         sync(path.parent)
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.filename in (None, str(beside)):
+            error.filename = str(path)
         with suppress(OSError):
             beside.unlink(missing_ok=True)
         raise

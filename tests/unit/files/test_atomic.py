@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 
 from telechat_twins.core.data.packed import PackedDataset, PackedWriter, verify
+from telechat_twins.core.errors import disk_full
 from telechat_twins.core.files import atomic
 from telechat_twins.core.files.atomic import (
     clean_stale,
@@ -236,3 +238,13 @@ def test_the_process_mark_outlives_a_clock_that_is_set(tmp_path: Path) -> None:
         check=True,
     )
     assert other.stdout.strip() == process_mark()
+
+
+def test_a_write_that_fails_names_the_file_that_was_to_be(tmp_path: Path) -> None:
+    """The error of a write has no file name, that of opening has the hidden one."""
+    for name in (None, "hidden"):
+        with pytest.raises(OSError) as error, new_file(tmp_path / "f.png") as beside:
+            raise OSError(errno.ENOSPC, "No space left on device", *([str(beside)] if name else []))
+        assert error.value.filename == str(tmp_path / "f.png") and not os.listdir(tmp_path)
+        said = disk_full(error.value)
+        assert said is not None and said.startswith(f"{tmp_path / 'f.png'}: cannot be written (the disk is full)")
