@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.model.flops import flops_per_token
 from telechat_twins.core.model.growth import METHODS
 from telechat_twins.core.model.params import count_parameters
-from telechat_twins.core.schema import from_mapping, load_yaml, option
+from telechat_twins.core.schema import from_mapping, in_file, load_yaml, option
 from telechat_twins.core.types import JsonObject
 
 _CHANGES = ("train", "optim", "kernels", "checkpoint")
@@ -92,11 +93,22 @@ class Cost:
 
 
 def load_schedule(path: str | Path, run: str | Path, overrides: Sequence[str] = ()) -> list[Stage]:
-    """The stages of the schedule at ``path`` for the run configured at ``run``; UserError names stage and field."""
+    """The stages of the schedule at ``path`` for the run configured at ``run``; UserError names line and field."""
+    path = bundled_file(path, "growth", "--growth")
+    try:
+        return _stages(path, run, overrides)
+    except UserError as error:
+        begun, _, said = str(error).partition(f"{path}: ")
+        if begun or not said.startswith("stages["):
+            raise
+        bare = re.sub(r"^(stages\[\d+\]) \([^)]*\)", r"\1", said)  # without the stage's name
+        raise UserError(in_file(bare, path).removesuffix(bare) + said) from None
+
+
+def _stages(path: Path, run: str | Path, overrides: Sequence[str]) -> list[Stage]:
     base = load_run_tree(run, overrides)
     if isinstance(base.get("train"), dict) and base["train"].get("stages"):
         raise UserError("train.stages: a growth schedule has stages of its own; give the length in `data.seq_len`")
-    path = bundled_file(path, "growth", "--growth")
     tree = load_yaml(path)
     if not isinstance(tree, dict) or not isinstance(tree.get("stages"), list) or not tree["stages"]:
         raise UserError(f"{path}: expected `stages:` and a list of them")
@@ -113,7 +125,10 @@ def load_schedule(path: str | Path, run: str | Path, overrides: Sequence[str] = 
         before = stages[-1] if stages else None
         model = values.get("model", base.get("model"))
         if isinstance(model, (str, dict)):
-            model = load_model_config(_anchored(model, Path(path).parent), f"{where}.model")
+            try:
+                model = load_model_config(_anchored(model, Path(path).parent), f"{where}.model")
+            except UserError as error:
+                raise UserError(re.sub(r"^model\.", f"{where}.model.", str(error))) from None
         else:
             raise UserError(f"{where}.model: missing; name the size of this stage")
         stages.append(_planned(values, model, before, base, total, where))

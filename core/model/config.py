@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,13 +208,15 @@ def load_model_config(spec: str | JsonObject, where: str = "model", base: ModelC
         values = {**_preset(str(values.pop("preset")), where), **values}
     if base is not None:
         values = {**base.to_dict(), **values}
-    file = spec.get("preset") if where.startswith("--") and [*spec] == ["preset"] else None
-    if file is None or not _is_file(str(file)):
+    file = spec.get("preset")
+    if not isinstance(file, str) or not _is_file(file):
         return from_mapping(ModelConfig, values, where)
     try:
-        return from_mapping(ModelConfig, values, "")
+        return from_mapping(ModelConfig, values, where)
     except UserError as error:
-        raise UserError(in_file(str(error), str(file))) from None
+        said = re.sub(rf"^({re.escape(where)}|model)(: |\.)", lambda m: "config: " if m[2] == ": " else "", str(error))
+        placed = in_file(said, file, [f"{key}=" for key in spec])
+        raise UserError(error if placed == said else placed) from None  # unchanged: the fault is the spec's own
 
 
 def _preset(name: str, where: str, depth: int = 0) -> JsonObject:

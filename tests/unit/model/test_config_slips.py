@@ -97,3 +97,23 @@ def test_what_is_found_later_has_its_line_too(tmp_path: Path) -> None:
     with pytest.raises(UserError) as error, naming_lines(file, ["data.sources=[{path: y}]"]):
         raise UserError("data.sources[0].path: y: no such packed folder")
     assert str(error.value).startswith("data.sources[0].path: y")
+
+
+def test_a_slip_in_a_models_own_file_has_that_files_line(tmp_path: Path) -> None:
+    own, file = tmp_path / "own.yaml", tmp_path / "run.yaml"
+    for text, says in (
+        ("num_layers: x", "num_layers: expected a whole number"),
+        ("num_layerz: 3", "unknown key 'num_layerz'; did you mean 'num_layers'?"),
+        ("num_heads: 7", "num_heads: 7 does not divide"),
+    ):
+        own.write_text(f"preset: telechat2-tiny\n{text}\n")
+        file.write_text(RUN.replace("model: telechat2-tiny", "model: own.yaml"))
+        with pytest.raises(UserError) as error:
+            load_run_config(file)
+        assert str(error.value).startswith(f"{own}:2: ") and says in str(error.value)
+        # What the run itself says of the model is looked for in the run.
+        own.write_text("preset: telechat2-tiny\n")
+        file.write_text(RUN.replace("model: telechat2-tiny", f"model: {{preset: own.yaml, {text}}}"))
+        with pytest.raises(UserError) as error:
+            load_run_config(file)
+        assert str(error.value).startswith(f"{file}:1: model") and says in str(error.value)
