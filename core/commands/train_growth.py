@@ -21,7 +21,7 @@ import yaml
 from telechat_twins.core.checkpoint.retention import saved_step
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import write_text
-from telechat_twins.core.launch.run_lock import NAME, hold_folder, require_free
+from telechat_twins.core.launch.run_lock import NAME, RELEASE_WAIT_S, hold_folder, require_free
 from telechat_twins.core.train.metrics import Row, plot_losses, read_metrics
 from telechat_twins.core.types import JsonObject
 
@@ -99,6 +99,9 @@ def _train(stages: Sequence[Stage], number: int, out: Path, args: argparse.Names
     stage = stages[number - 1]
     run, grown = folders(out, number, stage)
     if saved_step(run) >= stage.end:
+        # Nothing opens this stage again, so the lock files that a killed launch left in it are taken away here.
+        for folder in (node_logs(run / "logs", args.node_rank), *([] if args.node_rank else [run])):
+            require_free(folder, f"--out {out}", patience=RELEASE_WAIT_S)
         return 0
     if stage.plan is not None and not (grown / "manifest.json").is_file():
         _grow(stage, folders(out, number - 1, stages[number - 2])[0], grown, args.node_rank)

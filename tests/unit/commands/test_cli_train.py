@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ import yaml
 import telechat_twins.core.data.blend
 import telechat_twins.core.launch.launcher
 from telechat_twins.core import cli
+from telechat_twins.core.commands import train_growth
 from telechat_twins.core.config import load_run_config
 from telechat_twins.core.data.packed_files import FORMAT
 from telechat_twins.core.launch import restarts
@@ -229,3 +232,16 @@ def test_what_another_start_would_not_change_is_final(
     words = ["train", "--backend", "pt", "--config", str(config), "--out", str(config.parent / "out")]
     assert cli.main([*words, "--restarts", "3"]) == ends
     assert codes == [0]
+
+
+def test_a_finished_stage_of_growth_keeps_no_lock_of_a_killed_launch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage: Any = SimpleNamespace(name="small", end=4, plan=None)
+    left = [tmp_path / "1-small" / ".lock", tmp_path / "1-small" / "logs" / ".lock"]
+    for lock in left:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        lock.touch()
+    monkeypatch.setattr(train_growth, "saved_step", lambda run: 4)
+    assert train_growth._train([stage], 1, tmp_path, argparse.Namespace(node_rank=0)) == 0
+    assert not any(lock.exists() for lock in left)
