@@ -207,8 +207,12 @@ def read_messages(fields: Fields, found: list[object] | None, layout: ChatLayout
         if role == "tool" and not (messages and (messages[-1].get("tool_calls") or messages[-1]["role"] == "tool")):
             inner.refuse("role", "a tool message must follow the assistant's message with tool_calls", "invalid_value")
         reasoning = _reasoning(inner, role == "assistant")
-        for name in ("tool_call_id", "name", "refusal"):
+        for name in ("tool_call_id", "name"):
             inner.text(name)
+        if refusal := inner.text("refusal"):
+            if role != "assistant" or content:
+                inner.refuse("refusal", "is what an assistant says in place of content; give one of them")
+            content = refusal  # the layout has no other place for it
         inner.list("annotations")
         inner.absent(("audio", "function_call"), UNSUPPORTED)
         inner.done()

@@ -134,3 +134,13 @@ def test_an_answer_that_is_one_choice_by_its_text_and_another_by_its_place_is_re
             parse_propositions({**row, "choices": wrong, "answer": "A"}, "rows:1", Reading())
     labelled = {**row, "choices": {"text": ["1", "2"], "label": ["1", "2"]}}
     assert [one.true for one in parse_propositions(labelled, "rows:1", Reading())] == [False, True]
+
+
+def test_a_refusal_that_a_client_sends_back_is_what_was_said() -> None:
+    def served(**said: object) -> list[JsonObject]:
+        found: list[object] = [{"role": "user", "content": "q"}, {"role": "assistant", **said}]
+        return read_messages(Fields({"messages": found}), found, BuiltInLayout(tiny_tokenizer()))
+
+    assert served(content=None, refusal="no")[1]["content"] == "no" == served(content="no", refusal=None)[1]["content"]
+    with pytest.raises(ApiError, match="refusal"):
+        served(content="yes", refusal="no")
