@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 
 from telechat_twins.core import backends
-from telechat_twins.core.config import RunConfig, load_run_config
+from telechat_twins.core.config import RunConfig, load_run_config, naming_lines
 from telechat_twins.core.files.atomic import writable_file
 from telechat_twins.core.launch.run_lock import hold_folder
 from telechat_twins.core.parallel.layout import Layout
@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
     layouts = read_layouts(args.layouts, config)
     writable_file(Path(args.out) / "report.md", "--out")
     names = list(dict.fromkeys(args.backends))
-    with hold_folder(args.out, f"--out {args.out}"):
+    with hold_folder(args.out, f"--out {args.out}"), naming_lines(args.config, args.set):
         report, runs = make_report(config, Path(args.out), args.steps, names, args.weights, layouts, args.layout_steps)
         path = write_report(report, Path(args.out), runs, args.junit)
     print(summary(report))
