@@ -20,7 +20,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -54,14 +54,15 @@ from telechat_twins.core.types import JsonObject
 class PackedWriter:
     """Writes one packed folder; use as a context manager and call ``finish`` at the end.
 
-    Memory stays flat: tokens and offsets go to disk as they come. Leaving without ``finish`` removes everything.
+    ``dtype``: of the ids on the disk. Memory stays flat: tokens and offsets go to disk as they come. Leaving without
+    ``finish`` removes everything.
     UserError when ``out`` exists (unless ``force`` and it is a packed folder), or when the disk refuses.
     """
 
     def __init__(self, out: str | Path, tokenizer: Tokenizer, kind: str, force: bool = False):
         self.out = Path(out).absolute()
         self._tokenizer, self._kind = tokenizer, kind
-        self._dtype = token_dtype(tokenizer.vocab_size)
+        self.dtype = token_dtype(tokenizer.vocab_size)
         if self.out.parent.is_dir():
             with self._disk():
                 clean_stale(self.out.parent)
@@ -105,33 +106,20 @@ class PackedWriter:
         self._offset("documents.bin")
         self.documents += 1
 
-    def add_documents(self, ids: np.ndarray, sizes: np.ndarray, opens: np.ndarray, where: Callable[[int], str]) -> None:
-        """Append many parts of documents: part p has ``sizes[p]`` of the ``ids``, and opens a document where ``opens``.
+    def add_documents(self, ids: np.ndarray, starts: np.ndarray) -> None:
+        """Append ids that go on with the current document, until others begin at ``starts``, offsets in ``ids``.
 
-        UserError like ``add_tokens``; ``where`` names a part by its number.
+        UserError like ``add_tokens``.
         """
-        ends = np.cumsum(sizes)
-        wrong = (ids < 0) | (ids >= self._tokenizer.vocab_size)
-        if wrong.any():
-            first = int(np.argmax(wrong))
-            self.add_tokens(ids[first : first + 1], where(int(np.searchsorted(ends, first, "right"))))
-        self._write("documents.bin", (self.tokens + ends - sizes)[opens].astype("<i8"))
-        self.documents += int(opens.sum())
+        self._write("documents.bin", (self.tokens + starts).astype("<i8"))
+        self.documents += len(starts)
         self.add_tokens(ids)
 
     def add_tokens(self, ids: Sequence[int] | np.ndarray, where: str = "") -> None:
         """Append to the current document. UserError on an id outside the tokenizer's vocabulary."""
         tokens = ids if isinstance(ids, np.ndarray) else np.asarray(ids, np.int64)
-        if tokens.size:
-            largest = int(tokens.max())
-            if largest >= self._tokenizer.vocab_size or int(tokens.min()) < 0:
-                prefix = f"{where}: " if where else ""
-                raise UserError(
-                    f"{prefix}token id {largest} is outside the vocabulary of {self._tokenizer.vocab_size} "
-                    f"({self._tokenizer.piece(largest)}); a model of that size cannot embed it"
-                )
-            self.largest_id = max(self.largest_id, largest)
-        self._write("tokens.bin", tokens.astype(self._dtype, copy=False))
+        self.largest_id = max(self.largest_id, check_ids(tokens, self._tokenizer, where))
+        self._write("tokens.bin", tokens.astype(self.dtype, copy=False))
         self.tokens += tokens.size
 
     def add_sequence(self, ids: np.ndarray, loss_mask: np.ndarray, starts: Sequence[int], where: str = "") -> None:
@@ -168,7 +156,7 @@ class PackedWriter:
                 "meta_sha256": unsealed(),
                 "kind": self._kind,
                 "vocab_size": self._tokenizer.vocab_size,
-                "dtype": self._dtype.name,
+                "dtype": self.dtype.name,
                 "tokens": self.tokens,
                 "documents": self.documents,
                 **({} if text else {"sequences": self.sequences, "targets": self.targets}),
@@ -195,7 +183,7 @@ class PackedWriter:
 
     def _write(self, name: str, array: np.ndarray) -> None:
         with self._disk():
-            self._files[name].write(array.tobytes())
+            self._files[name].write(np.ascontiguousarray(array).view(np.uint8).data)
 
     @contextlib.contextmanager
     def _disk(self) -> Iterator[None]:
@@ -203,6 +191,20 @@ class PackedWriter:
             yield
         except OSError as error:
             raise UserError(f"{self.out}: cannot be written ({error.strerror}); nothing was left behind") from None
+
+
+def check_ids(ids: np.ndarray, tokenizer: Tokenizer, where: str = "") -> int:
+    """The largest of ``ids``, -1 without any; UserError for one outside the tokenizer's vocabulary."""
+    if not ids.size:
+        return -1
+    largest = int(ids.max())
+    if largest >= tokenizer.vocab_size or int(ids.min()) < 0:
+        wrong = int(ids[(ids < 0) | (ids >= tokenizer.vocab_size)][0])
+        raise UserError(
+            f"{where}{': ' if where else ''}token id {wrong} is outside the vocabulary of {tokenizer.vocab_size} "
+            f"({tokenizer.piece(wrong)}); a model of that size cannot embed it"
+        )
+    return largest
 
 
 class PackedDataset:

@@ -74,31 +74,37 @@ class HashedFile:
         self._sums, self._block = sums, hashlib.sha256()
         self._held = bytearray()
 
-    def write(self, data: bytes) -> None:
-        """Append; short pieces are put into the file together."""
-        self._held += data
-        if len(self._held) >= _HELD:
-            self._put()
+    def write(self, data: bytes | memoryview) -> None:
+        """Append; short pieces are put into the file together. ``data``: of items of a byte."""
+        if len(data) < _HELD:
+            self._held += data
+            if len(self._held) >= _HELD:
+                self._put_held()
+        else:
+            self._put_held()
+            self._put(memoryview(data))
 
-    def _put(self) -> None:
-        data, self._held = bytes(self._held), bytearray()
+    def _put_held(self) -> None:
+        data, self._held = self._held, bytearray()
+        self._put(memoryview(data))
+
+    def _put(self, data: memoryview) -> None:
         self._file.write(data)
         self._hash.update(data)
-        if self._sums is not None:
-            rest = memoryview(data)
-            while rest:
-                fitting = BLOCK - self._bytes % BLOCK
-                self._block.update(rest[:fitting])
-                self._bytes += min(fitting, len(rest))
-                rest = rest[fitting:]
-                if self._bytes % BLOCK == 0:
-                    self._end_block()
-        else:
+        if self._sums is None:
             self._bytes += len(data)
+            return
+        while data:
+            fitting = min(BLOCK - self._bytes % BLOCK, len(data))
+            self._block.update(data[:fitting])
+            self._bytes += fitting
+            data = data[fitting:]
+            if self._bytes % BLOCK == 0:
+                self._end_block()
 
     def close(self) -> JsonObject:
         """Everything to disk; the file's facts for meta.json. The file of the sums is closed after this one."""
-        self._put()
+        self._put_held()
         if self._sums is not None and self._bytes % BLOCK:
             self._end_block()
         self._file.flush()

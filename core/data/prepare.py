@@ -13,7 +13,8 @@ from tqdm import tqdm
 from telechat_twins.core.data.chat_layout import ChatLayout
 from telechat_twins.core.data.control import START
 from telechat_twins.core.data.dialogues import parse_dialogue
-from telechat_twins.core.data.encoders.parallel import Encoded, encode_blocks
+from telechat_twins.core.data.encoders.parallel import encode_blocks
+from telechat_twins.core.data.encoders.tasks import Encoder, Pace
 from telechat_twins.core.data.forms.formats import TOKENS, form_of
 from telechat_twins.core.data.forms.megatron import TokenFile
 from telechat_twins.core.data.forms.streams import UTF8
@@ -23,7 +24,6 @@ from telechat_twins.core.data.packing.dialogue_file import DialogueFile
 from telechat_twins.core.data.rows import (
     RowReader,
     Unchanged,
-    UnreadRow,
     document_parts,
     find_inputs,
     read_documents,
@@ -78,33 +78,25 @@ def pack_text(
         PackedWriter(out, tokenizer, "text", force) as writer,
         progress_bar("tokenizing", total_bytes(files), quiet) as bar,
     ):
+        encoder = Encoder(tokenizer, reader, bos, eos, writer.dtype)
+        pace = Pace(total_bytes(files), threads)
+
+        def on_bytes(count: int) -> None:
+            pace.left -= count
+            bar.update(count)
+
         parts = (
             part
             for file in files
             if file not in tokens
-            for part in document_parts(file, reader, bar.update, encoding)
-            if isinstance(part, UnreadRow) or part.text or not part.first
+            for part in document_parts(file, reader, on_bytes, encoding, pace.size)
         )
-        for encoded in encode_blocks(parts, tokenizer, threads, reader):
-            writer.add_documents(*_with_marks(encoded, bos, eos), encoded.first, encoded.where)
+        for encoded in encode_blocks(parts, encoder, threads, pace.size):
+            writer.add_documents(encoded.ids, encoded.starts)
         unended = _copy_tokens(tokens, writer, tokenizer, bar)
         sources.check()
         facts = {"inputs": len(files), "add_bos": add_bos, **noticed(reading)}
         return writer.finish({**facts, "documents_without_end": unended} if tokens else facts)
-
-
-def _with_marks(encoded: Encoded, bos: int | None, eos: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of parts, and how many each has, with ``bos`` where a document begins and ``eos`` where one ends."""
-    opened = encoded.first if bos is not None else np.zeros_like(encoded.first)
-    sizes = encoded.sizes + opened + encoded.last
-    ends = np.cumsum(sizes)
-    ids, own = np.full(int(sizes.sum()), eos, np.int32), np.ones(int(sizes.sum()), bool)
-    own[(ends - 1)[encoded.last]] = False
-    if bos is not None:
-        begins = (ends - sizes)[opened]
-        ids[begins], own[begins] = bos, False
-    ids[own] = encoded.ids
-    return ids, sizes
 
 
 def _copy_tokens(files: Sequence[Path], writer: PackedWriter, tokenizer: Tokenizer, bar: tqdm) -> int:

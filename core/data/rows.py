@@ -5,7 +5,7 @@ No file is kept in memory; every mistake is reported as "file:line: ...", or "fi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from telechat_twins.core.data.forms.arrow_rows import dataset_rows, parquet_rows
@@ -13,8 +13,8 @@ from telechat_twins.core.data.forms.csv_rows import csv_rows
 from telechat_twins.core.data.forms.find import Unchanged, find_inputs, skipped_inputs, total_bytes
 from telechat_twins.core.data.forms.formats import CSV, DATASET, JSON, LINES, PARQUET, SUFFIXES, TOKENS, TSV, form_of
 from telechat_twins.core.data.forms.json_items import LongItem
-from telechat_twins.core.data.forms.json_rows import UnreadRow, json_rows, parse_row, row_place
-from telechat_twins.core.data.forms.long_rows import document_rows
+from telechat_twins.core.data.forms.json_rows import UnreadLines, UnreadRow, json_rows, parse_row, row_place
+from telechat_twins.core.data.forms.long_rows import LINES_BYTES, document_rows
 from telechat_twins.core.data.forms.streams import UTF8, OnBytes, RowAt
 from telechat_twins.core.data.forms.texts import Block, text_blocks
 from telechat_twins.core.data.kinds.fields import found_type, refuse_unread
@@ -24,7 +24,7 @@ from telechat_twins.core.data.kinds.table import KINDS, TEXT, keys_found, mark_k
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
 
-__all__ = ["Block", "UnreadRow", "Unchanged", "find_inputs", "skipped_inputs", "total_bytes"]
+__all__ = ["Block", "UnreadLines", "UnreadRow", "Unchanged", "find_inputs", "skipped_inputs", "total_bytes"]
 
 
 def read_rows(path: Path, on_bytes: OnBytes | None = None, encoding: str = UTF8) -> Iterator[RowAt]:
@@ -66,7 +66,13 @@ def read_documents(
     """
     reader = RowReader(text_key, reading if reading is not None else Reading())
     for part in document_parts(path, reader, on_bytes, encoding):
-        yield Block(part.where, reader.text(part)) if isinstance(part, UnreadRow) else part
+        if isinstance(part, Block):
+            if part.empty:
+                reader.notice_empty(part.where)
+            yield part
+            continue
+        for row in (part,) if isinstance(part, UnreadRow) else part.rows():
+            yield Block(row.where, reader.text(row))
 
 
 class RowReader:
@@ -80,14 +86,19 @@ class RowReader:
 
     def text(self, row: UnreadRow) -> str:
         """The document of a row of JSON; UserError as ``read_documents``."""
-        return self.block(parse_row(row.data, row.where), row.where).text
+        where = row.where
+        text = _document(parse_row(row.data, where), where, self.text_key, self.reading)
+        if not text:
+            self.notice_empty(where)
+        return text
 
     def block(self, row: JsonObject, where: str) -> Block:
-        """The document of a parsed row."""
-        text = _document(row, where, self.text_key, self.reading)
-        if not text:
-            self.reading.notice("texts are empty, and no documents", where)
-        return Block(where, text)
+        """The document of a parsed row. One without text is noticed in its turn, and not here, where it is read."""
+        return Block(where, _document(row, where, self.text_key, self.reading))
+
+    def notice_empty(self, where: str) -> None:
+        """Count a document without text."""
+        self.reading.notice("texts are empty, and no documents", where)
 
     def long_blocks(self, found: LongItem, where: str) -> Iterator[Block]:
         """The blocks of a row that is too long to be held."""
@@ -109,9 +120,14 @@ class RowReader:
 
 
 def document_parts(
-    path: Path, reader: RowReader, on_bytes: OnBytes | None = None, encoding: str = UTF8
-) -> Iterator[Block | UnreadRow]:
-    """``read_documents``, but rows of JSON that can be held as they stand, for ``reader`` to read."""
+    path: Path,
+    reader: RowReader,
+    on_bytes: OnBytes | None = None,
+    encoding: str = UTF8,
+    size: Callable[[], int] = lambda: LINES_BYTES,
+) -> Iterator[Block | UnreadRow | UnreadLines]:
+    """``read_documents``, but rows of JSON that can be held as they stand, for ``reader`` to read; lines of a .jsonl
+    file together, about ``size()`` bytes at a time."""
     if form_of(path).name == TOKENS:
         raise UserError(f"{path}: holds token ids, not text")
     if not form_of(path).holds_rows:
@@ -121,9 +137,11 @@ def document_parts(
         for where, row in read_rows(path, on_bytes, encoding):
             yield reader.block(row, where)
         return
-    for found in document_rows(path, reader.text_key, on_bytes, encoding):
+    for found in document_rows(path, reader.text_key, on_bytes, encoding, size=size):
         if isinstance(found, LongItem):
             yield from reader.long_blocks(found, row_place(path, found.line, found.item))
+        elif isinstance(found, UnreadLines):
+            yield found
         else:
             yield UnreadRow(path, found.line, found.item, found.data)
 

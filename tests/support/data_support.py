@@ -14,7 +14,6 @@ from telechat_twins.core.data.tokenizer import Tokenizer, load_tokenizer
 from telechat_twins.core.data.tokenizer_training import train_tokenizer
 
 VOCAB_SIZE = 600
-_FOLDER = tempfile.TemporaryDirectory(prefix="tele-data-tests-")
 
 SENTENCES = (
     "def add(left, right):\n    return left + right\n",
@@ -26,9 +25,16 @@ SENTENCES = (
 
 
 @functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """Made where it is used and not at import: processes that tests spawn import this, too, and end without removing
+    what they made."""
+    return tempfile.TemporaryDirectory(prefix="tele-data-tests-")
+
+
+@functools.cache
 def tiny_tokenizer_path() -> Path:
     """A tokenizer.model of VOCAB_SIZE pieces, trained on a few sentences."""
-    path = Path(_FOLDER.name) / "tokenizer.model"
+    path = Path(_folder().name) / "tokenizer.model"
     words = " ".join(f"word{n % 97} sound{n % 31} letter{n % 13}ing" for n in range(400))
     train_tokenizer([*SENTENCES * 20, words], path, VOCAB_SIZE)
     return path

@@ -1,244 +1,218 @@
-"""Tokenization of documents in processes, in order: the ids are those of one process, whatever the number of workers.
+"""Tokenization of documents in processes, in order: the ids are those of one process, whatever the number of processes.
 
-A document may come in several blocks. It is cut where the tokenizer knows that the parts encode as the whole does
-(``last_cut``), never anywhere else, so the blocks' borders leave no trace in the ids.
+This process hands out tasks, encodes others itself, and takes the results in order. The others get lines of a file by
+their place and read them themselves; what has no place in a file, and all ids, pass through memory that is shared, so
+that nobody waits for a pipe to be emptied.
 """
 
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
-import os
+import gc
+import mmap
 import signal
-import threading
-import time
-from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from telechat_twins.core.data.forms.json_rows import UnreadRow
+from telechat_twins.core.data.encoders.tasks import Encoded, Encoder, Given, Task, make_tasks
+from telechat_twins.core.data.encoders.wire import from_bytes, to_bytes
 from telechat_twins.core.errors import UserError
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+    from multiprocessing.context import ForkProcess
+
     from telechat_twins.core.data.rows import RowReader
-    from telechat_twins.core.data.tokenizer import Tokenizer
 
-# Characters, or bytes of unread rows, of a task: enough to make the way to another process short, few enough that
-# little waits in memory.
-_TASK = 1 << 20
-_UNCUT = 1 << 24  # characters of a document that are held until a place to cut is found
-_WATCH_S = 1.0
+_AHEAD = 4  # tasks that a process has at once, those included whose ids are not yet taken
+_PLACE = 5 << 20  # bytes for a task on its way, and then for its ids: four for each byte of most texts at worst
+_MESSAGE = 1 << 12  # bytes that a pipe takes at once, whoever reads
+_LOST = "tokenizing: a worker process ended, perhaps for lack of memory; use fewer --threads"
 
-
-class TextBlock(Protocol):
-    """Part of a document: ``first`` starts it, ``last`` ends it, ``where`` names it in messages."""
-
-    @property
-    def where(self) -> str: ...
-    @property
-    def text(self) -> str: ...
-    @property
-    def first(self) -> bool: ...
-    @property
-    def last(self) -> bool: ...
-
-
-@dataclass(frozen=True)
-class _Part:
-    where: str
-    text: str
-    first: bool
-    last: bool
-
-
-_Task = Sequence[_Part | UnreadRow]
-
-
-@dataclass(frozen=True)
-class Encoded:
-    """Ids (int32) of parts of documents one after the other; the parts of one document follow each other.
-
-    ``sizes``: how many ids each part has; ``first``: whether it begins a document, ``last``: whether it ends one.
-    """
-
-    parts: _Task
-    ids: np.ndarray
-    sizes: np.ndarray
-    first: np.ndarray
-    last: np.ndarray
-
-    def where(self, part: int) -> str:
-        """The place of a part, for messages."""
-        return self.parts[part].where
+# number of the task, place, (ids, starts) there or counts of them, what the reader noticed, error
+_Found = tuple[int, int, Any, "RowReader | None", Exception | None]
 
 
 def encode_blocks(
-    blocks: Iterable[TextBlock | UnreadRow], tokenizer: Tokenizer, workers: int = 1, reader: RowReader | None = None
+    blocks: Iterable[Given], encoder: Encoder, processes: int = 1, size: Callable[[], int] | None = None
 ) -> Iterator[Encoded]:
-    """The ids of documents, in the order of ``blocks``, by ``workers`` processes beside this one (1: by this one).
+    """The ids of documents, in the order of ``blocks``, by this process and ``processes`` - 1 others, in tasks of about
+    ``size()`` characters.
 
-    ``reader`` has the texts of unread rows; a row without text is no document. UserError for a document that has to be
-    cut for its length and cannot be cut exactly, and of ``reader``: always that of the first row at fault.
+    What is yielded holds until the next is asked for. UserError as ``make_tasks`` and ``Encoder.encode`` have it:
+    always that of the first document at fault.
     """
-    tasks = _tasks(_parts(blocks, tokenizer))
+    tasks = make_tasks(blocks, encoder.tokenizer, size)
     first = next(tasks, None)
     second = next(tasks, None)
     ahead = [task for task in (first, second) if task is not None]
-    if workers == 1 or second is None:  # processes would take longer to start than to work
+    if processes == 1 or second is None:  # processes would take longer to start than to work
         for task in chain(ahead, tasks):
-            yield _encoded(task, *_encode(tokenizer, reader, task))
+            yield encoder.encode(task)
         return
-    yield from _in_processes(chain(ahead, tasks), tokenizer, workers, reader)
+    encoder.tokenizer.encode_batch([""], [False])  # what is found out once about the tokenizer, before it is everywhere
+    with contextlib.closing(_Pool(encoder, processes - 1)) as pool:
+        yield from pool.encode(chain(ahead, tasks))
 
 
-def _parts(blocks: Iterable[TextBlock | UnreadRow], tokenizer: Tokenizer) -> Iterator[_Part | UnreadRow]:
-    rest, where, first = "", "", True
-    for block in blocks:
-        if isinstance(block, UnreadRow):
-            yield block
-            continue
-        if block.first:
-            rest, where, first = "", block.where, True
-        text = rest + block.text
-        if block.last:
-            yield _Part(where, text, first, True)
-            rest = ""
-            continue
-        cut = tokenizer.last_cut(text)
-        if cut:
-            yield _Part(where, text[:cut], first, False)
-            where, first = block.where, False
-        elif len(text) > _UNCUT:
-            raise UserError(
-                f"{where}: more than {_UNCUT} characters of one document, which this tokenizer cannot encode in parts "
-                "exactly; split the document"
-            )
-        rest = text[cut:]
+class _Worker:
+    """Another process, the end of the pipe to it, and the places in shared memory that it may be given."""
+
+    def __init__(self, process: ForkProcess, pipe: Connection, places: list[int]):
+        self.process, self.pipe, self.free = process, pipe, places
 
 
-def _tasks(parts: Iterable[_Part | UnreadRow]) -> Iterator[_Task]:
-    task: list[_Part | UnreadRow] = []
-    size = 0
-    for part in parts:
-        task.append(part)
-        size += len(part.data if isinstance(part, UnreadRow) else part.text)
-        if size >= _TASK or len(task) >= 4096:
-            yield task
-            task, size = [], 0
-    if task:
-        yield task
+class _Pool:
+    """Processes that encode, forked, so that they have the tokenizer without reading it again and import nothing."""
 
+    def __init__(self, encoder: Encoder, count: int):
+        from multiprocessing import Pipe, get_context
 
-def _encode(tokenizer: Tokenizer, reader: RowReader | None, task: _Task) -> tuple[np.ndarray, np.ndarray]:
-    """All ids of a task, int32, and how many each part has; -1 for a row without text."""
-    texts, starts = [], []
-    for part in task:
-        if isinstance(part, UnreadRow):
-            assert reader is not None
-            texts.append(reader.text(part))
-            starts.append(True)
-        else:
-            texts.append(part.text)
-            starts.append(part.first)
-    found = tokenizer.encode_batch(texts, starts)
-    sizes = np.fromiter(map(len, found), np.int64, len(found))
-    for number, part in enumerate(task):
-        if not texts[number] and isinstance(part, UnreadRow):
-            sizes[number] = -1
-    return np.concatenate(found).astype(np.int32, copy=False), sizes
+        self._encoder = encoder
+        self._memory = mmap.mmap(-1, count * _AHEAD * _PLACE)
+        self._workers: list[_Worker] = []
+        # Done and not yet taken, by number: ids or an error, and whose place they lie in.
+        self._done: dict[int, tuple[Encoded | Exception, RowReader | None, tuple[_Worker, int] | None]] = {}
+        self._own = 0  # of them, those of this process
+        try:
+            for number in range(count):
+                ours, theirs = Pipe()
+                pipes = [ours, *(worker.pipe for worker in self._workers)]
+                process = get_context("fork").Process(
+                    target=_serve, args=(theirs, pipes, self._memory, encoder), daemon=True
+                )
+                process.start()
+                theirs.close()
+                places = [number * _AHEAD + place for place in range(_AHEAD)]
+                self._workers.append(_Worker(process, ours, places))
+        except BaseException:
+            self.close()
+            raise
 
-
-def _encoded(task: _Task, ids: np.ndarray, sizes: np.ndarray) -> Encoded:
-    if (sizes < 0).any():
-        task = [part for part, size in zip(task, sizes.tolist(), strict=True) if size >= 0]
-        sizes = sizes[sizes >= 0]
-    first = np.array([isinstance(part, UnreadRow) or part.first for part in task], bool)
-    last = np.array([isinstance(part, UnreadRow) or part.last for part in task], bool)
-    return Encoded(task, ids, sizes, first, last)
-
-
-def _in_processes(
-    tasks: Iterator[_Task], tokenizer: Tokenizer, workers: int, reader: RowReader | None
-) -> Iterator[Encoded]:
-    tokenizer.encode_batch([""], [False])  # what is found out once about the tokenizer, before it is in every process
-    # Forked, so that the workers have the tokenizer without reading it again and import nothing.
-    about = (tokenizer, reader, os.getpid())
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("fork"), _adopt, about)
-    waiting: deque[tuple[_Task, Future[_Found]]] = deque()
-    error: UserError | None = None
-    try:
-        while task := _next(tasks):
-            if isinstance(task, UserError):  # what was read before it may be at fault, too
-                error = task
+    def encode(self, tasks: Iterator[Task]) -> Iterator[Encoded]:
+        """The ids of tasks in their order."""
+        given = taken = 0
+        error: UserError | None = None
+        task: Task | None = []
+        while True:
+            self._collect(0)
+            while taken in self._done:
+                yield from self._take(taken)
+                taken += 1
+            if task is None and taken == given:
                 break
-            waiting.append((task, pool.submit(_work, [_wire(part) for part in task])))
-            if len(waiting) > workers + 1:
-                yield _result(*waiting.popleft(), reader)
-        while waiting:
-            yield _result(*waiting.popleft(), reader)
+            if task is None or self._own >= _AHEAD:  # what is to be taken next is with another process
+                self._collect(None)
+                continue
+            try:
+                task = next(tasks, None)
+            except UserError as wrong:  # what was read before it may be at fault, too
+                task, error = None, wrong
+            if task is not None:
+                self._give(given, task)
+                given += 1
         if error is not None:
             raise error
-    except BrokenProcessPool:
-        raise UserError("tokenizing: a worker process ended, perhaps for lack of memory; use fewer --threads") from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+
+    def close(self) -> None:
+        """End the processes."""
+        for worker in self._workers:
+            worker.pipe.close()
+            worker.process.terminate()
+        for worker in self._workers:
+            worker.process.join()
+
+    def _give(self, number: int, task: Task) -> None:
+        """To the process with the least to do, or done here where all have enough, or it does not fit."""
+        worker = max(self._workers, key=lambda one: len(one.free))
+        if worker.free:
+            wired = to_bytes(task)
+            if len(wired) <= _PLACE:
+                place = worker.free.pop()
+                if len(wired) > _MESSAGE:
+                    self._memory[place * _PLACE : place * _PLACE + len(wired)] = wired
+                try:
+                    worker.pipe.send((number, place, wired if len(wired) <= _MESSAGE else len(wired)))
+                except OSError:
+                    raise UserError(_LOST) from None
+                return
+        self._own += 1
+        found: Encoded | Exception
+        read = self._encoder.fresh_reader()
+        try:
+            found = self._encoder.encode(task, read)
+        except Exception as error:
+            found = error
+        self._done[number] = found, read, None
+
+    def _collect(self, seconds: float | None) -> None:
+        """What the processes have done so far; with None for ``seconds``, wait until there is something."""
+        from multiprocessing.connection import wait
+
+        ready = wait([worker.pipe for worker in self._workers], seconds)
+        for worker in self._workers:
+            if worker.pipe not in ready:
+                continue
+            try:
+                number, place, ids, read, error = worker.pipe.recv()
+            except (EOFError, OSError):
+                raise UserError(_LOST) from None
+            found = error or Encoded(*(_arrays(self._memory, place, *ids) if isinstance(ids[0], int) else ids))
+            self._done[number] = found, read, (worker, place)
+
+    def _take(self, number: int) -> Iterator[Encoded]:
+        found, read, at = self._done.pop(number)
+        if isinstance(found, Exception):
+            raise found
+        if read is not None and self._encoder.reader is not None:
+            self._encoder.reader.absorb(read)
+        yield found
+        if at is None:
+            self._own -= 1
+        else:
+            worker, place = at
+            worker.free.append(place)
 
 
-def _next(tasks: Iterator[_Task]) -> _Task | UserError | None:
-    try:
-        return next(tasks, None)
-    except UserError as error:
-        return error
+def _arrays(memory: mmap.mmap, place: int, ids: int, starts: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
+    """The two arrays of a result: the starts come first, so that both are aligned."""
+    at = place * _PLACE
+    return (
+        np.frombuffer(memory, dtype, ids, at + 8 * starts),
+        np.frombuffer(memory, np.int64, starts, at),
+    )
 
 
-_Wire = tuple[str, bool] | tuple[Path, int, int, bytes]  # a part, an unread row
-_Found = tuple[bytes, bytes, "RowReader | None"]
-
-
-def _wire(part: _Part | UnreadRow) -> _Wire:
-    """What another process needs, of types that travel quickly."""
-    if isinstance(part, UnreadRow):
-        return part.path, part.line, part.item, part.data
-    return part.text, part.first
-
-
-def _result(task: _Task, future: Future[_Found], reader: RowReader | None) -> Encoded:
-    ids, sizes, read = future.result()
-    if reader is not None and read is not None:
-        reader.absorb(read)
-    return _encoded(task, np.frombuffer(ids, np.int32), np.frombuffer(sizes, np.int64))
-
-
-_adopted: list[tuple[Tokenizer, RowReader | None]] = []
-
-
-def _adopt(tokenizer: Tokenizer, reader: RowReader | None, parent: int) -> None:
-    """In a worker: keep the tokenizer and the reader, leave Ctrl-C to the parent, and end when that is gone."""
+def _serve(pipe: Connection, others: list[Connection], memory: mmap.mmap, encoder: Encoder) -> None:
+    """In a worker: encode what comes until the parent is gone or has enough. Ctrl-C is left to the parent."""
+    for other in others:  # so that the pipes end with the parent
+        other.close()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     for number in (signal.SIGTERM, signal.SIGHUP):  # the parent's handlers would print a worker's stack
         if signal.getsignal(number) is not signal.SIG_IGN:  # as under nohup
             signal.signal(number, signal.SIG_DFL)
-    _adopted[:] = [(tokenizer, reader)]
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(_WATCH_S)
-        os._exit(1)
-
-    with contextlib.suppress(RuntimeError):
-        threading.Thread(target=watch, daemon=True).start()
+    gc.freeze()  # what the parent has made is not looked through again
+    with contextlib.suppress(EOFError, OSError):
+        while True:
+            number, place, wired = pipe.recv()
+            pipe.send(_work(number, place, wired, memory, encoder))
 
 
-def _work(wired: Sequence[_Wire]) -> _Found:
-    tokenizer, reader = _adopted[0]
-    read = reader.fresh() if reader is not None else None
-    task = [_Part("", *one, True) if len(one) == 2 else UnreadRow(*one) for one in wired]
-    ids, sizes = _encode(tokenizer, read, task)
-    return ids.tobytes(), sizes.tobytes(), read
+def _work(number: int, place: int, wired: bytes | int, memory: mmap.mmap, encoder: Encoder) -> _Found:
+    """``wired``: the task, or how many bytes of it lie in the place."""
+    read = encoder.fresh_reader()
+    if isinstance(wired, int):
+        wired = memory[place * _PLACE : place * _PLACE + wired]
+    try:
+        found = encoder.encode(from_bytes(wired), read)
+    except Exception as error:
+        return number, place, (), None, error
+    ids, starts = found.ids, found.starts
+    if ids.nbytes + starts.nbytes > _PLACE:
+        return number, place, (ids, starts), read, None
+    for kept, out in zip((ids, starts), _arrays(memory, place, len(ids), len(starts), ids.dtype.str), strict=True):
+        out[:] = kept
+    return number, place, (len(ids), len(starts), ids.dtype.str), read, None

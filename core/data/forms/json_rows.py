@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from telechat_twins.core.data.forms.formats import JSON, form_of
 from telechat_twins.core.data.forms.json_items import json_items
-from telechat_twins.core.data.forms.streams import UTF8, OnBytes, RowAt, not_utf8, open_stream
+from telechat_twins.core.data.forms.streams import UTF8, OnBytes, RowAt, not_utf8, open_file, open_stream
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MAX_LINE, MAX_LINE_VALUES, check_size, lines, parse_value
 from telechat_twins.core.types import JsonObject
@@ -41,6 +41,42 @@ class UnreadRow(NamedTuple):
     @property
     def where(self) -> str:
         return row_place(self.path, self.line, self.item)
+
+
+class UnreadLines(NamedTuple):
+    """Whole lines of a .jsonl file, whose rows are parsed where they are used, perhaps in another process.
+
+    ``line``: the number of the first. ``offset``: where in the file they are, None where they do not lie in it so.
+    ``data`` None: to be taken from there, ``size`` bytes.
+    """
+
+    path: Path
+    line: int
+    offset: int | None
+    size: int
+    data: bytes | None
+
+    def light(self) -> UnreadLines:
+        """Without the data, where the file has them."""
+        return self if self.offset is None else self._replace(data=None)
+
+    def rows(self) -> Iterator[UnreadRow]:
+        """The lines that are not blank; UserError where the file cannot be read, or no longer holds them."""
+        data = self._taken() if self.data is None else self.data
+        for number, line in enumerate(data.split(b"\n"), self.line):
+            if line and not line.isspace():
+                yield UnreadRow(self.path, number, 0, line)
+
+    def _taken(self) -> bytes:
+        with open_file(self.path) as file:
+            try:
+                file.seek(self.offset or 0)
+                data = file.read(self.size)
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
+        if len(data) < self.size:
+            raise UserError(f"{self.path}: changed while it was read; pack again once it is complete")
+        return data
 
 
 def row_place(path: Path, line: int, item: int) -> str:

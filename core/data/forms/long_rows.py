@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 from telechat_twins.core.data.forms.json_items import Item, LongItem, Splitter
-from telechat_twins.core.data.forms.json_rows import RawRow, is_spread, row_place
-from telechat_twins.core.data.forms.streams import UTF8, OnBytes, not_utf8, open_stream
+from telechat_twins.core.data.forms.json_rows import RawRow, UnreadLines, is_spread, row_place
+from telechat_twins.core.data.forms.streams import UTF8, OnBytes, lies_so, not_utf8, open_stream
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MAX_LINE, parse_value
 from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
 
+LINES_BYTES = 1 << 20
 PART_BYTES = 1 << 20  # of an escaped text that are decoded at a time
 _MOST = 4 * PART_BYTES  # after which a text without a line break is cut elsewhere
 _ESCAPE = re.compile(rb"\\(?:(u[dD][89abAB][0-9a-fA-F]{2})|u[0-9a-fA-F]{4}|.)", re.DOTALL)
@@ -22,11 +23,17 @@ _RUN = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)
 
 
 def document_rows(
-    path: Path, text_key: str, on_bytes: OnBytes | None = None, encoding: str = UTF8, limit: int = MAX_LINE
-) -> Iterator[RawRow | LongItem]:
+    path: Path,
+    text_key: str,
+    on_bytes: OnBytes | None = None,
+    encoding: str = UTF8,
+    limit: int = MAX_LINE,
+    size: Callable[[], int] = lambda: LINES_BYTES,
+) -> Iterator[RawRow | UnreadLines | LongItem]:
     """The rows of a JSON file, unparsed; those of more than ``limit`` bytes with the text of ``text_key`` in parts.
 
-    A part ends behind a line break where there is one within 4 MiB. Each long row must be consumed before the next.
+    Lines come together, about ``size()`` bytes at a time. A part ends behind a line break where there is one within
+    4 MiB. Each long row must be consumed before the next.
     """
     spread = is_spread(path, encoding)
     with open_stream(path, on_bytes, encoding) as file:
@@ -36,14 +43,21 @@ def document_rows(
             for item in splitter.items():
                 yield RawRow(item.offset, item.line, item.item, item.data) if isinstance(item, Item) else item
             return
-        number = offset = 0
-        while line := file.readline(limit + 1):
-            number += 1
-            if len(line) > limit:
-                yield from _long_line(_Line(file, line), path, number, text_key, limit)
-            elif line.strip():
-                yield RawRow(offset, number, 0, line)
-            offset += len(line)
+        number, offset = 1, 0
+        while data := file.read(min(size(), limit)):
+            begun = data[data.rfind(b"\n") + 1 :]
+            rest = file.readline(limit + 1 - len(begun)) if begun else b""
+            long = len(begun) + len(rest) > limit
+            data = data[: len(data) - len(begun)] if long else data + rest
+            if data:
+                yield UnreadLines(path, number, offset if lies_so(path, encoding) else None, len(data), data)
+            number += data.count(b"\n")
+            offset += len(data)
+            if long:
+                line = _Line(file, begun + rest)
+                yield from _long_line(line, path, number, text_key, limit)
+                number += 1
+                offset += line.size
 
 
 class _Line:
@@ -51,6 +65,7 @@ class _Line:
 
     def __init__(self, file: IO[bytes], begun: bytes):
         self._file, self._begun = file, begun
+        self.size = len(begun)  # of what was read of it
 
     def read(self, size: int) -> bytes:
         if self._begun:
@@ -58,6 +73,7 @@ class _Line:
             self._ended = data.endswith(b"\n")
             return data
         data = b"" if self._ended else self._file.readline(size)
+        self.size += len(data)
         self._ended = self._ended or not data or data.endswith(b"\n")
         return data
 

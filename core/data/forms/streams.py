@@ -89,14 +89,22 @@ def open_stream(path: Path, on_bytes: OnBytes | None = None, encoding: str = UTF
     source: IO[bytes] = file
     if on_bytes:
         source = io.BufferedReader(_Counting(file, on_bytes), _CHUNK)  # type: ignore[type-var]
-    compression = form_of(path).compression
-    plain = check_encoding(encoding) in (UTF8, "utf-8-sig")
-    if plain and not compression:
+    if lies_so(path, encoding):
         return source  # type: ignore[return-value]
+    compression = form_of(path).compression
     chunks = _unpacked(source, compression, path) if compression else _read(source)
-    if not plain:
+    if not _is_utf8(encoding):
         chunks = _recoded(chunks, encoding, path)
     return io.BufferedReader(_Chunks(chunks, file), _CHUNK)  # type: ignore[type-var]
+
+
+def lies_so(path: Path, encoding: str = UTF8) -> bool:
+    """Whether ``open_stream`` has the bytes of the file as they lie on the disk."""
+    return _is_utf8(encoding) and not form_of(path).compression
+
+
+def _is_utf8(encoding: str) -> bool:
+    return check_encoding(encoding) in (UTF8, "utf-8-sig")
 
 
 def marked(head: bytes) -> bool:

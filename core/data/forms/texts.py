@@ -27,6 +27,11 @@ class Block:
     first: bool = True
     last: bool = True
 
+    @property
+    def empty(self) -> bool:
+        """Whether it is a whole document without text."""
+        return self.first and self.last and not self.text
+
 
 def text_blocks(
     path: Path, row_keys: frozenset[str], on_bytes: OnBytes | None = None, encoding: str = UTF8

@@ -14,9 +14,8 @@ import pytest
 from telechat_twins.core import cli
 from telechat_twins.core.commands import data as data_command
 from telechat_twins.core.commands import tokenize as tokenize_command
-from telechat_twins.core.data.encoders import parallel
+from telechat_twins.core.data.encoders import tasks
 from telechat_twins.core.data.forms import texts
-from telechat_twins.core.data.kinds.messages import Reading
 from telechat_twins.core.data.packed import PackedDataset, PackedWriter
 from telechat_twins.core.data.packing.dialogue_file import DialogueFile
 from telechat_twins.core.data.prepare import pack_text, read_texts
@@ -24,7 +23,6 @@ from telechat_twins.core.data.rows import detect_kind, find_inputs, read_documen
 from telechat_twins.core.data.sft import encode_dialogue
 from telechat_twins.core.data.tokenizer import load_tokenizer
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.files.foreign import MAX_LINE
 from tests.support.data_support import SENTENCES, dialogue_row, tiny_tokenizer, tiny_tokenizer_path, write_rows
 from tests.support.shared import shared_file
 
@@ -64,7 +62,7 @@ def test_texts_become_documents(tmp_path, capsys):
 
 def test_blocks_of_a_long_file_encode_as_the_whole(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "BLOCK_BYTES", 64)
-    monkeypatch.setattr(parallel, "_TASK", 100)
+    monkeypatch.setattr(tasks, "TASK", 100)
     text = "".join(SENTENCES) * 7 + "\n\n  no newline at the end"
     (tmp_path / "long.txt").write_text(text, encoding="utf-8")
     (tmp_path / "one_line.txt").write_text("中" * 900, encoding="utf-8")
@@ -80,7 +78,7 @@ def test_blocks_of_a_long_file_encode_as_the_whole(tmp_path, monkeypatch):
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path, monkeypatch):
     monkeypatch.setattr(texts, "BLOCK_BYTES", 1 << 14)
-    monkeypatch.setattr(parallel, "_TASK", 1 << 14)
+    monkeypatch.setattr(tasks, "TASK", 1 << 14)
     peaks = []
     for name, copies in (("small", 300), ("large", 1500)):
         write_rows(tmp_path / f"{name}.jsonl", [{"text": "The quick brown fox. " * 30}] * copies)
@@ -369,36 +367,3 @@ def test_a_file_that_changes_while_it_is_read_is_refused(use, tmp_path, monkeypa
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
     monkeypatch.undo()
     assert tele_data(*words) == 0
-
-
-def test_workers_notice_what_one_process_notices(tmp_path, monkeypatch):
-    monkeypatch.setattr(parallel, "_TASK", 500)
-    rows = [
-        {"text": "fox " * (n % 9), "id": n} if n % 2 else {"text": "dog " * (n % 7), "url": "u"} for n in range(200)
-    ]
-    source, found = write_rows(tmp_path / "rows.jsonl", rows), []
-    for threads in (1, 2):
-        reading = Reading()
-        meta = pack_text(
-            [source], tmp_path / str(threads), tiny_tokenizer(), threads=threads, reading=reading, quiet=True
-        )
-        found.append((meta["meta_sha256"], meta["fields_left_out"], meta["kinds"], meta["files"], reading))
-    assert found[0][1:] == found[1][1:]
-    assert found[0][1] == ["id", "url"] and found[0][4].noticed["texts are empty, and no documents"][0] == 26
-
-
-@pytest.mark.parametrize("threads", [1, 2])
-def test_the_first_row_at_fault_is_named(threads, tmp_path, monkeypatch):
-    """Rows are parsed by workers, while this process has already met a later line that is too long."""
-    monkeypatch.setattr(parallel, "_TASK", 500)
-    source = write_rows(tmp_path / "rows.jsonl", [{"text": "a fox"}] * 400)
-    lines = source.read_bytes().splitlines(keepends=True)
-    lines[350], lines[380], lines[399] = (
-        b'{"text": 1}\n',
-        b"{\n",
-        b'{"text": "a", ' + b" " * MAX_LINE + b'"text": "b"}\n',
-    )
-    source.write_bytes(b"".join(lines))
-    with pytest.raises(UserError, match=r"rows.jsonl:351: expected text in field 'text', found int"):
-        pack_text([source], tmp_path / "out", tiny_tokenizer(), threads=threads, quiet=True)
-    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

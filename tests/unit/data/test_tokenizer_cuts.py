@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import io
-import os
 import random
-import signal
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,16 +13,16 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telechat_twins.core.data.encoders import cuts, parallel, spm, words
+from telechat_twins.core.data.encoders import cuts, spm, tasks, words
 from telechat_twins.core.data.encoders.cuts import make_cutter, read_specs
 from telechat_twins.core.data.encoders.parallel import encode_blocks
+from telechat_twins.core.data.encoders.tasks import Encoder
 from telechat_twins.core.data.tokenizer import load_tokenizer
 from telechat_twins.core.errors import UserError
 from tests.support.data_support import SENTENCES, tiny_tokenizer, tiny_tokenizer_path
 from tests.support.shared import shared_file
 
 PARTS = ["fox ", " fox", "  ", "\n", "\n\n", "\t", " \n", "add(", "中国", "，", "▁", "▁▁ ", "é", "😀", "12", "__"]
-WORK = parallel._work
 TEXTS = st.lists(st.sampled_from(PARTS) | st.text(max_size=8), max_size=40).map("".join)
 
 
@@ -145,54 +142,26 @@ class Block:
     last: bool = True
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_blocks_and_workers_leave_no_trace(monkeypatch, workers):
-    monkeypatch.setattr(parallel, "_TASK", 500)
-    tokenizer, documents = tiny_tokenizer(), [*long_texts(9, 5, 2000), "", "中" * 700]
+def test_blocks_leave_no_trace(monkeypatch):
+    monkeypatch.setattr(tasks, "TASK", 500)
+    tokenizer, documents = tiny_tokenizer(), [*long_texts(9, 5, 2000), "中" * 700]
     rng, blocks = random.Random(2), []
     for number, text in enumerate(documents):
         places = sorted({0, *(rng.randrange(len(text) + 1) for _ in range(9)), len(text)})
-        parts = [text[a:b] for a, b in zip(places, places[1:], strict=False)] or [""]
+        parts = [text[a:b] for a, b in zip(places, places[1:], strict=False)]
         blocks += [Block(f"d{number}", p, n == 0, n == len(parts) - 1) for n, p in enumerate(parts)]
-    found: list[list[int]] = []
-    for encoded in encode_blocks(blocks, tokenizer, workers):
-        parts = np.split(encoded.ids, np.cumsum(encoded.sizes)[:-1])
-        for first, ids in zip(encoded.first, parts, strict=True):
-            found += [[]] if first else []
-            found[-1] += ids.tolist()
-    assert found == [tokenizer.encode(text) for text in documents]
+    for workers in (1, 2, 3):
+        found: list[list[int]] = []
+        for encoded in encode_blocks(blocks, Encoder(tokenizer), workers):
+            first, *others = np.split(encoded.ids, encoded.starts)
+            if len(first):
+                found[-1] += first.tolist()
+            found += [ids.tolist() for ids in others]
+        assert found == [tokenizer.encode(text) for text in documents]
 
 
 def test_what_cannot_be_cut_is_refused(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(trained(tmp_path, "u", **WHOLE["unigram"]), "none")
-    monkeypatch.setattr(parallel, "_UNCUT", 100)
+    monkeypatch.setattr(tasks, "_UNCUT", 100)
     with pytest.raises(UserError, match="a.txt:1: more than 100 characters of one document"):
-        list(encode_blocks([Block("a.txt:1", "word " * 30, last=False)], tokenizer))
-
-
-def test_workers_outlive_a_hangup_that_is_ignored(monkeypatch):
-    """As under nohup, where the parent goes on as well."""
-    monkeypatch.setattr(parallel, "_TASK", 10)
-    monkeypatch.setattr(parallel, "_work", _is_hung_up)
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    try:
-        blocks = [Block("a", "some words of text") for _ in range(5)]
-        assert sum(int(found.last.sum()) for found in encode_blocks(blocks, tiny_tokenizer(), 2)) == 5
-    finally:
-        signal.signal(signal.SIGHUP, before)
-
-
-def _is_hung_up(task: Sequence[parallel._Wire]) -> parallel._Found:
-    os.kill(os.getpid(), signal.SIGHUP)
-    return WORK(task)
-
-
-def test_a_lost_worker_is_one_error(monkeypatch):
-    monkeypatch.setattr(parallel, "_TASK", 10)
-    monkeypatch.setattr(parallel, "_work", _dies)
-    with pytest.raises(UserError, match="a worker process ended"):
-        list(encode_blocks([Block("a", "some words of text") for _ in range(5)], tiny_tokenizer(), 2))
-
-
-def _dies(texts: object) -> None:
-    os._exit(9)
+        list(encode_blocks([Block("a.txt:1", "word " * 30, last=False)], Encoder(tokenizer)))

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from telechat_twins.convert.hf.tokenizer import tokenizer_json, write_library_config
 from telechat_twins.core import cli
 from telechat_twins.core.data.encoders.parallel import encode_blocks
+from telechat_twins.core.data.encoders.tasks import Encoder
 from telechat_twins.core.data.packed import PackedDataset
 from telechat_twins.core.data.tokenizer import Tokenizer, assumed, load_tokenizer, special_ids
 from telechat_twins.core.errors import UserError
@@ -112,7 +113,7 @@ def test_cut_texts_encode_as_the_whole(gpt2, text):
     left, right = tokenizer.encode_batch([text[:cut], text[cut:]], [True, False])
     assert [*left, *right] == tokenizer.encode(text)
     parts = [Block("t", text[:7], True, False), Block("t", text[7:9], False, False), Block("t", text[9:], False, True)]
-    assert [i for part in encode_blocks(parts, tokenizer) for i in part.ids] == tokenizer.encode(text)
+    assert [i for part in encode_blocks(parts, Encoder(tokenizer)) for i in part.ids] == tokenizer.encode(text)
 
 
 def exported(folder: Path) -> Tokenizer:
