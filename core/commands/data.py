@@ -13,7 +13,6 @@ from telechat_twins.core.data.forms.streams import UTF8, check_encoding
 from telechat_twins.core.data.kinds.messages import REASONING, Reading
 from telechat_twins.core.data.kinds.table import DIALOGUE, KINDS, OPTION, PREFERENCE, TEACHER, TEXT
 from telechat_twins.core.data.packed import PackedDataset, bytes_to_verify, verify
-from telechat_twins.core.data.packing.preference import pack_preference
 from telechat_twins.core.data.packing.show import BRIEF, own_tokenizer, samples
 from telechat_twins.core.data.packing.teacher import FALSE_PIECE, TRUE_PIECE, class_tokens, pack_teacher
 from telechat_twins.core.data.prepare import pack_dialogues, pack_text, progress_bar
@@ -172,6 +171,8 @@ def _pack(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) -> J
 
 
 def _pack_preference(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) -> JsonObject:
+    from telechat_twins.core.data.packing.preference import pack_preference  # with all that configs need
+
     meta = pack_preference(
         args.inputs,
         args.out,
@@ -300,7 +301,7 @@ def _print_reading(args: argparse.Namespace, reading: Reading) -> None:
 def _print_samples(args: argparse.Namespace, meta: JsonObject, tokenizer: Tokenizer) -> None:
     """The samples that were asked for, in full; else the first in brief."""
     count, longest = (1, BRIEF) if args.show is None else (args.show, None)
-    for sample in samples(PackedDataset(args.out), tokenizer, count, longest):
+    for sample in samples(PackedDataset(args.out, fresh=True), tokenizer, count, longest):
         print(sample)
 
 

@@ -17,11 +17,6 @@ from telechat_twins.core.data.kinds.messages import ROLES, Reading
 from telechat_twins.core.data.kinds.table import DIALOGUE, OPTION, PREFERENCE
 from telechat_twins.core.data.rows import row_files
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.inference.decoding.settings import Settings
-from telechat_twins.core.inference.sampling import SamplingConfig, sampling_config
-from telechat_twins.core.model.config import PRECISIONS
-from telechat_twins.core.model.quantize import QUANTIZATIONS
-from telechat_twins.core.parallel.layout import Layout, parse_layout
 from telechat_twins.core.shown import message_line, printable
 from telechat_twins.core.types import JsonObject
 
@@ -30,9 +25,13 @@ TEMPLATE_HELP = (
     "reason in <think> tags first (T1, TeleChat3-Thinking); or a file with a template"
 )
 
+# What only models need is imported where they are used: `tele data` shares these options, and would wait for it.
 if TYPE_CHECKING:
     from telechat_twins.core.eval.presets import TaskPlan
+    from telechat_twins.core.inference.decoding.settings import Settings
     from telechat_twins.core.inference.load import Loaded
+    from telechat_twins.core.inference.sampling import SamplingConfig
+    from telechat_twins.core.parallel.layout import Layout
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +55,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_checkpoint_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of a model that is computed with: its backend, its files, and its arithmetic."""
+    from telechat_twins.core.model.config import PRECISIONS
+    from telechat_twins.core.model.quantize import QUANTIZATIONS
+
     parser.add_argument(
         "--backend", required=True, choices=sorted(backends.BACKENDS), help="ms: MindSpore, pt: PyTorch"
     )
@@ -109,6 +111,8 @@ def add_sampling_arguments(parser: argparse.ArgumentParser) -> None:
 def given_sampling(args: argparse.Namespace) -> JsonObject:
     """The fields of SamplingConfig that the options set; UserError where they contradict each other or are out of
     range."""
+    from telechat_twins.core.inference.sampling import sampling_config
+
     if args.greedy and args.temperature:
         raise UserError(f"--greedy: cannot be combined with --temperature {args.temperature}; give one of them")
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -126,6 +130,8 @@ def sampling_from(args: argparse.Namespace, settings: Settings) -> SamplingConfi
 
     ``args`` then holds what was taken, for the records of a run.
     """
+    from telechat_twins.core.inference.sampling import SamplingConfig
+
     given = given_sampling(args)
     config = settings.resolve(given, draws=False)
     idle = [name for name in ("top_k", "top_p", "min_p") if config.greedy and name in given]
@@ -146,6 +152,8 @@ def sampling_from(args: argparse.Namespace, settings: Settings) -> SamplingConfi
 
 def read_layout(text: str | None, nproc: int | None, timeout: float | None) -> Layout:
     """The layout of the options; by default a single process. UserError where they contradict each other."""
+    from telechat_twins.core.parallel.layout import Layout, parse_layout
+
     if nproc is not None and nproc < 1:
         raise UserError(f"--nproc: must be at least 1, found {nproc}")
     if text is None and nproc not in (None, 1):

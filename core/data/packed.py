@@ -214,10 +214,11 @@ class PackedDataset:
     ``tokenizer_name``. ``notes``: what could not be verified, for a reader.
 
     UserError when the folder is missing, unfinished, of another format, or when a file is not what was written: the
-    files that say where things are and files up to SMALL bytes are hashed here, the rest where it is read.
+    files that say where things are and files up to SMALL bytes are hashed here, the rest where it is read. ``fresh``:
+    written by this process just now, so that nothing is hashed.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, fresh: bool = False):
         self.path = standing(Path(path))
         self.meta = read_meta(self.path)
         self.kind: str = self.meta["kind"]
@@ -225,7 +226,7 @@ class PackedDataset:
         for name in self.meta["files"]:
             check_size(self.path, self.meta, name)
         large = [name for name in SUMS if name in self.meta["files"] and self.meta["files"][name]["bytes"] > SMALL]
-        for name in self.meta["files"].keys() - set(large):
+        for name in () if fresh else self.meta["files"].keys() - set(large):
             check_hash(self.path, self.meta, name)
         self.tokenizer_name = tokenizer_name(self.meta)
         self.tokenizer = (self.path / self.tokenizer_name).read_bytes()
@@ -238,7 +239,9 @@ class PackedDataset:
             if offsets is not None:
                 check_offsets(self.path / name, offsets, len(self.tokens), name.removesuffix("s.bin"))
         sealed_meta = self.meta["version"] > 1
-        self._blocks = {name: Blocks(self.path / name, self.path / SUMS[name]) for name in large if sealed_meta}
+        self._blocks = {
+            name: Blocks(self.path / name, self.path / SUMS[name]) for name in large if sealed_meta and not fresh
+        }
         self.notes = [] if sealed_meta else [_unverified(self.path, self.meta, large)]
 
     def digest(self) -> str:

@@ -13,6 +13,7 @@ bit, and is never cut.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -87,15 +88,19 @@ class Cutter:
     """The cuts of one model: a bit for each pair of characters that are neighbours in a piece."""
 
     def __init__(self, pieces: Sequence[str], fallback: bool) -> None:
-        """``pieces``: those that text can become; ``fallback``: characters without a piece are bytes."""
+        """``pieces``: those that text can become; ``fallback``: characters without a piece are bytes. ValueError for
+        more letters than have numbers."""
         # NUL between two pieces; it comes first of the letters, and number 0 is any character that is in no pair.
-        codes = _several(pieces)
-        self._number = np.cumsum(_met(codes), dtype=np.int32) - 1
-        self._number[~_met(codes)] = 0
+        codes = _codes("\0" + "\0".join([piece for piece in pieces if len(piece) > 1]))
+        met = np.zeros(_CODES, bool)
+        met[codes] = True
+        if np.count_nonzero(met) > _LETTERS:
+            raise ValueError(f"more than {_LETTERS} different characters in pieces of several")
+        self._number = np.where(met, np.cumsum(met, dtype=np.int32) - 1, 0).astype(np.int32, copy=False)
         self._width = int(self._number.max()) + 1
         places = self._number[codes].astype(np.int64)
         left, right = places[:-1], places[1:]
-        pairs = np.unique((left * self._width + right)[(left > 0) & (right > 0)])
+        pairs = (left * self._width + right)[(left > 0) & (right > 0)]
         self._joined = np.zeros(self._width**2 // 8 + 1, np.uint8)
         np.bitwise_or.at(self._joined, pairs >> 3, np.left_shift(1, pairs & 7).astype(np.uint8))
         self._known: np.ndarray | None = None
@@ -165,19 +170,9 @@ def make_cutter(specs: Specs, pieces: Sequence[str]) -> Cutter | None:
     become, without control, unknown and byte pieces."""
     if not (specs.is_bpe and specs.leaves_text and pieces) or "\0" in "".join(pieces):
         return None
-    return Cutter(pieces, specs.byte_fallback) if _met(_several(pieces)).sum() <= _LETTERS else None
-
-
-def _several(pieces: Sequence[str]) -> np.ndarray:
-    """Code points of the pieces of several characters, with NUL before each."""
-    return _codes("\0" + "\0".join(piece for piece in pieces if len(piece) > 1))
-
-
-def _met(codes: np.ndarray) -> np.ndarray:
-    """Of all code points, those that are there."""
-    met = np.zeros(_CODES, bool)
-    met[codes] = True
-    return met
+    with contextlib.suppress(ValueError):
+        return Cutter(pieces, specs.byte_fallback)
+    return None
 
 
 def _codes(text: str) -> np.ndarray:

@@ -60,7 +60,8 @@ class SentencePieceTokenizer:
                 raise RuntimeError("empty")
             self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
             self.vocab_size: int = self._pieces.get_piece_size()
-            self._pieces.id_to_piece(list(range(self.vocab_size)))  # a damaged piece is found out here
+            # Those of all at once: a damaged piece is found out here.
+            self._names: list[str] = self._pieces.id_to_piece(list(range(self.vocab_size)))
         except (RuntimeError, UnicodeDecodeError):
             self.vocab_size = 0
         if not self.vocab_size:
@@ -87,7 +88,7 @@ class SentencePieceTokenizer:
     def silent(self) -> dict[str, int]:
         """Name -> id of every token that writes no text."""
         kinds = self._pieces.is_control(list(range(self.vocab_size)))
-        return {**{self._pieces.id_to_piece(i): i for i, silent in enumerate(kinds) if silent}, **self.control}
+        return {**{self._names[i]: i for i, silent in enumerate(kinds) if silent}, **self.control}
 
     @property
     def bos_token_id(self) -> int:
@@ -174,7 +175,7 @@ class SentencePieceTokenizer:
         """How the vocabulary writes one id; "?" outside it."""
         if index in self._special:
             return self._special[index]
-        return self._pieces.id_to_piece(index) if 0 <= index < self.vocab_size else "?"
+        return self._names[index] if 0 <= index < self.vocab_size else "?"
 
     def token_bytes(self, index: int) -> bytes:
         """What one token adds to a text; the name of a control token. Bytes, because a token may be part of a
@@ -195,7 +196,7 @@ class SentencePieceTokenizer:
     def byte_of(self, index: int) -> int | None:
         """The byte that a byte piece stands for; None for any other token."""
         if 0 <= index < self.vocab_size and self._pieces.is_byte(index):
-            return int(self._pieces.id_to_piece(index)[1:-1], 16)
+            return int(self._names[index][1:-1], 16)
         return None
 
     @functools.cached_property
@@ -203,14 +204,14 @@ class SentencePieceTokenizer:
         """The first token that is a plain word or letter; None in a vocabulary without one."""
         for index in range(self.vocab_size):
             plain = not (self.is_silent(index) or self._pieces.is_byte(index) or self._pieces.is_unknown(index))
-            if plain and self._pieces.id_to_piece(index).isalnum():
+            if plain and self._names[index].isalnum():
                 return index
         return None
 
     @functools.cached_property
     def longest_piece(self) -> int:
         """Characters of text that one token can stand for at most."""
-        return max(len(self._pieces.id_to_piece(index)) for index in range(self.vocab_size))
+        return max(map(len, self._names))
 
     @functools.cached_property
     def _specs(self) -> Specs:
@@ -223,9 +224,10 @@ class SentencePieceTokenizer:
     def _cutter(self) -> Cutter | None:
         pieces = self._pieces
         ids = list(range(self.vocab_size))
-        silent = np.array((pieces.is_control(ids), pieces.is_byte(ids), pieces.is_unknown(ids)), bool).any(0)
-        every = zip(pieces.id_to_piece(ids), silent.tolist(), strict=True)
-        return make_cutter(self._specs, [piece for piece, apart in every if not apart])
+        every = zip(self._names, pieces.is_control(ids), pieces.is_byte(ids), pieces.is_unknown(ids), strict=True)
+        return make_cutter(
+            self._specs, [name for name, control, byte, unknown in every if not (control or byte or unknown)]
+        )
 
     @functools.cached_property
     def _inner(self) -> sentencepiece.SentencePieceProcessor:
@@ -258,7 +260,7 @@ class SentencePieceTokenizer:
 
     def _piece_id(self, name: str) -> int | None:
         index = self._pieces.piece_to_id(name)
-        return index if self._pieces.id_to_piece(index) == name else None
+        return index if self._names[index] == name else None
 
     def _control_id(self, name: str) -> int | None:
         """The id of a control token; a piece that SentencePiece itself matches in text does not count, which would let

@@ -160,6 +160,13 @@ def test_blocks_leave_no_trace(monkeypatch):
         assert found == [tokenizer.encode(text) for text in documents]
 
 
+def test_too_many_letters_are_not_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr(cuts, "_LETTERS", 20)
+    tokenizer = load_tokenizer(trained(tmp_path, "many", **CUT["across_spaces"]), "none")
+    assert tokenizer.last_cut("some words of text") == 0
+    assert tokenizer.encode_batch(["a fox " * 9])[0].tolist() == tokenizer.encode("a fox " * 9)
+
+
 def test_what_cannot_be_cut_is_refused(tmp_path, monkeypatch):
     tokenizer = load_tokenizer(trained(tmp_path, "u", **WHOLE["unigram"]), "none")
     monkeypatch.setattr(tasks, "_UNCUT", 100)
