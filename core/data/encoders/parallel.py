@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from telechat_twins.core.data.rows import RowReader
 
 _AHEAD = 4  # tasks that a process has at once, those included whose ids are not yet taken
+_OWN = 16  # of this process, whose last ones are small, while others have large ones still
 _PLACE = 5 << 20  # bytes for a task on its way, and then for its ids: four for each byte of most texts at worst
 _MESSAGE = 1 << 12  # bytes that a pipe takes at once, whoever reads
 _LOST = "tokenizing: a worker process ended, perhaps for lack of memory; use fewer --threads"
@@ -104,7 +105,7 @@ class _Pool:
                 taken += 1
             if task is None and taken == given:
                 break
-            if task is None or self._own >= _AHEAD:  # what is to be taken next is with another process
+            if task is None or self._own >= _OWN:  # what is to be taken next is with another process
                 self._collect(None)
                 continue
             try:

@@ -230,13 +230,24 @@ def test_what_fails_elsewhere_fails_here(monkeypatch: pytest.MonkeyPatch) -> Non
         list(encode_blocks([Block("a", "some words of text") for _ in range(50)], Encoder(tiny_tokenizer()), 2))
 
 
+# The command with tasks that take three seconds, so that none of it ends before it is ended.
+SLOW = """
+import sys, time
+from telechat_twins.core.cli import main
+from telechat_twins.core.data.encoders.tasks import Encoder
+encode = Encoder.encode
+Encoder.encode = lambda *given: time.sleep(3) or encode(*given)
+sys.exit(main(["data", *sys.argv[1:]]))
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_an_end_leaves_no_process(number: signal.Signals, tmp_path: Path) -> None:
     """Ctrl-C reaches the whole group, as from a terminal; a kill only the command, whose others then end themselves."""
-    text = write_rows(tmp_path / "long.jsonl", [{"text": "The quick brown fox.\n" * 200}] * 9000)
+    text = write_rows(tmp_path / "long.jsonl", [{"text": "The quick brown fox.\n" * 200}] * 1500)
     words = [str(text), "--tokenizer", str(tiny_tokenizer_path()), "--out", str(tmp_path / "out"), "--threads", "3"]
     command = subprocess.Popen(
-        [sys.executable, "-m", "telechat_twins.core.cli", "data", *words, "--quiet"],
+        [sys.executable, "-c", SLOW, *words, "--quiet"],
         start_new_session=True,
         stderr=subprocess.PIPE,
         text=True,
