@@ -93,7 +93,8 @@ def read_metrics(path: str | Path) -> list[Row]:
                 break
             try:
                 row = parse_json(line)
-                row["step"] = int(row["step"])
+                if type(row["step"]) is not int:
+                    raise ValueError(row["step"])
             except (ValueError, KeyError, TypeError):
                 raise UserError(f"{path}:{number}: not a row of metrics; remove the line") from None
             if rows and rows[-1]["step"] == row["step"] and "loss" not in row:

@@ -20,8 +20,10 @@ from telechat_twins.core.parity.bounds import (
 )
 from telechat_twins.core.parity.document.model import Cell, Document, Section, Table
 from telechat_twins.core.parity.document.versions import own_versions
+from telechat_twins.core.shown import shown
 
 PREFIX = "grad."
+_FLOATS, _LONGEST_NAME = ("F64", "F32", "BF16", "F16"), 500
 
 
 def read_dump(path: str) -> dict[str, np.ndarray]:
@@ -30,6 +32,15 @@ def read_dump(path: str) -> dict[str, np.ndarray]:
     names = list(file.tensors)
     if "logits" not in names or any(n not in ("logits", "loss") and not n.startswith(PREFIX) for n in names):
         raise UserError(f"{path}: must hold logits, loss and grad.<name>, as `tele forward` writes; found {names[:5]}")
+    for name in names:
+        if not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise UserError(f"{path}: a tensor's name must be a parameter's, found {shown(name)}")
+        if file.info(name).code not in _FLOATS:
+            raise UserError(f"{path}: {name} must be of {', '.join(_FLOATS)}, found {file.info(name).code}")
+    if len(file.info("logits").shape) < 2 or 0 in file.info("logits").shape:
+        raise UserError(
+            f"{path}: logits must be [..., positions, vocabulary], found shape {list(file.info('logits').shape)}"
+        )
     if "loss" in names and file.info("loss").shape not in ((), (1,)):
         raise UserError(f"{path}: loss must be one number, found shape {list(file.info('loss').shape)}")
     return {name: file.read(name) for name in names}

@@ -39,7 +39,7 @@ def checked(rows: Sequence[Row], path: object) -> list[Row]:
     """
     found: list[Row] = []
     for row in rows:
-        if type(row["step"]) is not int or found and row["step"] <= found[-1]["step"]:
+        if type(row["step"]) is not int or row["step"] <= (found[-1]["step"] if found else 0):
             raise UserError(
                 f"{path}: steps must be whole numbers that rise, found {shown(row['step'])}; remove the line, or "
                 "resume the run, which drops rows that it makes again"

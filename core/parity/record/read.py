@@ -8,6 +8,7 @@ import math
 import os
 import re
 import typing
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,7 @@ from telechat_twins.core.train.metrics import LONGEST_ROW
 from telechat_twins.core.types import JsonObject
 
 _NAME = re.compile(r"[A-Za-z0-9_]+(\.[A-Za-z0-9_]+)*")
+_LAYER = re.compile(r"layers\.\d{1,9}\.")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _LONGEST_NAME, _MOST_AXES, _MOST = 200, 8, 1 << 62
 _ENTRY_KEYS = {"kind", "name", "step", "shape", "dtype"}
@@ -104,7 +106,8 @@ def read_full(record: Record, key: str) -> np.ndarray:
 def _check_full(folder: Path, *state: int) -> None:
     """Check the file of full tensors once for each ``state``, which a change of the file changes: it may be large."""
     tree = load_json(folder / HEADER, "the header of a record")
-    _check_file(folder / FULL, tree["files"][FULL])
+    _check_size(folder / FULL, tree["files"][FULL])
+    _check_hash(folder / FULL, tree["files"][FULL])
 
 
 def _header(tree: JsonObject, where: Path) -> Header:
@@ -144,6 +147,9 @@ def _header(tree: JsonObject, where: Path) -> Header:
     for name, (holds, wanted) in rules.items():
         if not holds:
             raise UserError(f"{where}: {name}: must be {wanted}, found {shown(tree[name])}; {_AGAIN}")
+    model = header.config.get("model")
+    if not isinstance(model, dict) or type(model.get("num_layers")) is not int:
+        raise UserError(f"{where}: config: must hold the model with its num_layers, found {shown(model)}; {_AGAIN}")
     return header
 
 
@@ -184,19 +190,25 @@ def _check_files(folder: Path, files: object) -> None:
             or not _DIGEST.fullmatch(entry["sha256"])
         ):
             raise UserError(f"{where}: files: {name}: must have bytes and sha256, found {shown(entry)}; {_AGAIN}")
-        _check_file(folder / name, entry, sizes_only=name == FULL)
+        _check_size(folder / name, entry)
+    # Before any is read, which takes as long as it is large.
     if (total := sum(files[name]["bytes"] for name in names)) > MAX_BYTES:
         raise UserError(f"{where}: files: must have at most {MAX_BYTES} bytes in all, found {total}; {_AGAIN}")
+    for name in sorted(names):
+        _check_hash(folder / name, files[name])
     if FULL not in files and (folder / FULL).exists():
         raise UserError(f"{folder / FULL}: is not listed in {HEADER}; {_AGAIN}")
 
 
-def _check_file(path: Path, entry: JsonObject, sizes_only: bool = False) -> None:
+def _check_size(path: Path, entry: JsonObject) -> None:
     with open_regular(path, f"no such file; {HEADER} lists it") as file:
         size = os.fstat(file.fileno()).st_size
     if size != entry["bytes"]:
         raise UserError(f"{path}: must have {entry['bytes']} bytes, found {size}: truncated or altered; {_AGAIN}")
-    if not sizes_only and file_sha256(path) != entry["sha256"]:
+
+
+def _check_hash(path: Path, entry: JsonObject) -> None:
+    if file_sha256(path) != entry["sha256"]:
         raise UserError(f"{path}: does not have the SHA-256 of {HEADER}: altered after it was written; {_AGAIN}")
 
 
@@ -217,7 +229,25 @@ def _table(path: Path, header: Header) -> list[Entry]:
         if fault:
             raise UserError(f"{path}: quantities[{number}]: {fault}; {_AGAIN}")
         table.append((row["kind"], row["name"], row["step"], tuple(row["shape"]), row["dtype"]))
+    _check_sizes(table, path.with_name(HEADER), header)
     return table
+
+
+def _check_sizes(table: Sequence[Entry], where: Path, header: Header) -> None:
+    """The sizes in the header are those of the quantities: later steps may have other lengths, growth other layers."""
+    first = [entry for entry in table if entry[2] == header.steps[0]]
+    for kind, name, _, shape, _ in first:
+        if kind.startswith("activation") and shape and shape[:2] != (header.rows, header.seq_len):
+            raise UserError(
+                f"{where}: rows and seq_len: must be those of {kind}:{name} {list(shape)}, found "
+                f"{header.rows} and {header.seq_len}; {_AGAIN}"
+            )
+    layers = {int(name.split(".")[1]) for _, name, *_ in table if _LAYER.match(name)}
+    wanted = max(layers, default=-1) + 1
+    if layers and (found := header.config["model"]["num_layers"]) != wanted:
+        raise UserError(
+            f"{where}: config: model.num_layers: must be the quantities' {wanted}, found {shown(found)}; {_AGAIN}"
+        )
 
 
 @functools.lru_cache(maxsize=1 << 14)

@@ -293,6 +293,40 @@ def test_run_folders_and_forward_results(tmp_path: Path, capsys: pytest.CaptureF
         assert [compare(files["a"], files[name], *extra) for name in ("b", "wrong", "less")] == [0, 1, 1]
 
 
+FLAT = np.ones((4, 6), np.float32)
+DUMPS = {  # what another program may have written, and what the refusal says
+    "whole numbers": ({"logits": FLAT.astype(np.int64)}, "logits must be of F64"),
+    "a loss that is a truth": ({"logits": FLAT, "loss": np.array(True)}, "loss must be of F64"),
+    "one logit": ({"logits": np.array(1.0)}, "logits must be [..., positions, vocabulary]"),
+    "no logit": ({"logits": FLAT[:0]}, "logits must be [..., positions, vocabulary]"),
+    "losses": ({"logits": FLAT, "loss": FLAT}, "loss must be one number"),
+    "a name of two lines": ({"logits": FLAT, "grad.a\nb": FLAT}, "a tensor's name"),
+    "a name that clears the screen": ({"logits": FLAT, "grad.\x1b[2J": FLAT}, "a tensor's name"),
+}
+
+
+@pytest.mark.parametrize("name", DUMPS)
+def test_forward_results_of_other_programs_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+) -> None:
+    tensors, message = DUMPS[name]
+    path = str(tmp_path / "dump.safetensors")
+    save_file(tensors, path)
+    assert main(["parity", "compare", path, path, "--precision", "fp32", "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1 and said.strip().isprintable()
+
+
+@pytest.mark.parametrize("step", ['"1"', "1.5", "-1", "0", "true"])
+def test_steps_of_a_run_are_positive_whole_numbers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], step: str
+) -> None:
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": {step}, "loss": 1.0}}\n')
+    assert main(["parity", "compare", str(tmp_path), str(tmp_path), "--out", str(tmp_path / "out")]) == 2
+    said = capsys.readouterr().err
+    assert str(tmp_path) in said and said.count("\n") == 1
+
+
 def test_long_traces_are_judged_by_an_envelope(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Step by step: a fixed limit judges 50 steps only, and fails runs of a recipe that magnifies rounding."""
     rows = trace(200)

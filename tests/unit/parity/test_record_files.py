@@ -212,7 +212,7 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "step that is not recorded": (table(lambda t: t[0].update(step=7)), "step: must be one of"),
     "hostile shape": (table(lambda t: t[0].update(shape=[1 << 40, 1 << 40])), "shape: must be"),
     "negative shape": (table(lambda t: t[0].update(shape=[-1, 4])), "shape: must be"),
-    "shape of another count": (table(lambda t: t[0].update(shape=[3, 3])), "are not those of a tensor"),
+    "shape of another count": (table(lambda t: t[0].update(shape=[2, 16, 3])), "are not those of a tensor"),
     "one twice": (table(lambda t: t.__setitem__(1, t[0])), "stands twice"),
     "one missing": (table(lambda t: t.pop()), "count must be I64"),
     "not finite": (put("norm2", np.nan), "norm2 must be finite"),
