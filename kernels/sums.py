@@ -30,7 +30,6 @@ class CompiledSums(Sums):
         # The call keeps addresses; the closure keeps the arrays.
         held = [np.ascontiguousarray(x) for x in (*given[:5], given.across)]
         rows, starts, keys, buckets, signs, across = held
-        describe_view(call.inputs[0], 0, (1, 1), "float32")
         for view, array, dtype in zip(
             (*call.inputs[1:7], *call.outputs[:2]),
             (rows, starts, keys, buckets, signs, across, made, checksums),
@@ -39,17 +38,20 @@ class CompiledSums(Sums):
         ):
             describe_view(view, array.ctypes.data, array.shape, dtype)
         matrix, blocked, first = call.inputs[0], call.outputs[2], made[0]
+        describe_view(matrix, 0, (int(starts[-1]), len(buckets)), "float32")
         describe_view(blocked, 0, (0, 0), "float64")
+        seen: list[object] = [None]  # shape and dtype of the last block sums
 
         def run(array: np.ndarray, blocks: np.ndarray | None) -> tuple[np.ndarray, int]:
             assert held is not None
-            matrix.data = array.ctypes.data
-            matrix.shape[0], matrix.shape[1] = array.shape
+            matrix.data = array.__array_interface__["data"][0]
             matrix.stride[0] = array.strides[0] // array.itemsize
+            kind = None if blocks is None else (blocks.shape, blocks.dtype.name)
+            if kind != seen[0]:
+                describe_view(blocked, 0, *(kind or ((0, 0), "float64")))
+                seen[0] = kind
             if blocks is not None:
-                describe_view(blocked, blocks.ctypes.data, blocks.shape, blocks.dtype.name)
-            else:
-                blocked.shape[0] = 0
+                blocked.data = blocks.__array_interface__["data"][0]
             call.run()
             return first, int(checksums[0])
 

@@ -40,13 +40,15 @@ class Window:
     def add(self, array: np.ndarray, blocks: np.ndarray | None = None) -> tuple[Statistics, int]:
         """Statistics and checksum (0 unless ``checked``) of ``array`` [n, m], of any float dtype; its block sums are
         added to ``blocks`` [grid.blocks], float64 or ``sums_dtype``."""
-        if self._prepared is not None and self.sums is not None and self.sums.serves(array):
-            made, check = self._prepared(array, blocks if self._blocked else None)
-            if blocks is not None and self.grid is not None and not self._blocked:
+        prepared = self._prepared
+        if prepared is not None and self.sums is not None and self.sums.serves(array):
+            blocked = blocks is not None and self._blocked
+            made, check = prepared(array, blocks if blocked else None)
+            if blocks is not None and self.grid is not None and not blocked:
                 self.grid.add(blocks, array, numbers_of(self.rows), self.column)
             buckets = self.projection.buckets
-            nonfinite, *rest = made[buckets:].tolist()
-            return Statistics(made[:buckets].copy(), array.size, int(nonfinite), *rest), check
+            nonfinite, norm2, total, least, most = made[buckets:].tolist()
+            return Statistics(made[:buckets].copy(), array.size, int(nonfinite), norm2, total, least, most), check
         rows = numbers_of(self.rows)
         if blocks is not None and self.grid is not None:
             self.grid.add(blocks, array, rows, self.column)
