@@ -657,3 +657,43 @@ def _beta(backend: str) -> Changes:
 
 
 fault("beta of preference doubled", "cross_entropy", "loss", "forward", _beta, case="pairs")
+
+operator_fault(
+    "one gain for all channels",
+    "rms_norm",
+    "rms_norm",
+    "layers.1.attn_norm",
+    lambda f, real, x, w, *r: real(x, f.mean(w, -1) + w * 0.0, *r),
+)
+linear_fault("v reads channels one on", "layers.1.attn.v", lambda f, real, x, w, b, c: real(f.rolled(x, -1), w, b, c))
+operator_fault(
+    "slowest pair not rotated",
+    "rope_qk",
+    "rope",
+    "layers.0.attn.rope_q",
+    lambda f, real, q, k, a, b: real(q, k, a, f.without_last(b, -1)),
+)
+operator_fault(
+    "query heads of the next group",
+    "attention",
+    "attention",
+    "layers.0.attn.core",
+    lambda f, real, q, k, v, s: real(f.rolled(q, 2), k, v, s),
+)
+operator_fault(
+    "gate without gradient",
+    "swiglu",
+    "swiglu",
+    "layers.1.ffn.act",
+    lambda f, real, g, u, s: real(f.frozen(g), u, s),
+    backward=True,
+)
+linear_fault(
+    "o's weight gradient of the first row of the batch twice",
+    "layers.1.attn.o",
+    lambda f, real, x, w, b, c: (
+        real(f.joined([f.constant(f.part(x, 0, 0, 1)) * 2.0, f.constant(f.part(x, 0, 1, x.shape[0]))], 0), w, b, c)
+        + real(x, f.constant(w), b * 0.0, c)
+    ),
+    backward=True,
+)
