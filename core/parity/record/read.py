@@ -234,7 +234,7 @@ def _table(path: Path, header: Header) -> list[Entry]:
 
 
 def _check_sizes(table: Sequence[Entry], where: Path, header: Header) -> None:
-    """The sizes in the header are those of the quantities: later steps may have other lengths, growth other layers."""
+    """The sizes in the header are those of the first step's quantities; later steps may have other lengths."""
     first = [entry for entry in table if entry[2] == header.steps[0]]
     for kind, name, _, shape, _ in first:
         if kind.startswith("activation") and shape and shape[:2] != (header.rows, header.seq_len):
@@ -242,7 +242,7 @@ def _check_sizes(table: Sequence[Entry], where: Path, header: Header) -> None:
                 f"{where}: rows and seq_len: must be those of {kind}:{name} {list(shape)}, found "
                 f"{header.rows} and {header.seq_len}; {_AGAIN}"
             )
-    layers = {int(name.split(".")[1]) for _, name, *_ in table if _LAYER.match(name)}
+    layers = {int(name.split(".")[1]) for _, name, *_ in first if _LAYER.match(name)}
     wanted = max(layers, default=-1) + 1
     if layers and (found := header.config["model"]["num_layers"]) != wanted:
         raise UserError(
