@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from telechat_twins.kernels.cpu.engine import Array, Engine, engine_of
 
 FLOATING = ("float32", "bfloat16", "float16")
@@ -52,6 +54,13 @@ def floats(**tensors: Array | None) -> Engine:
     if engine is None:
         raise TypeError(f"{', '.join(tensors)}: None, needs a tensor")
     return engine
+
+
+def written(**tensors: Array) -> None:
+    """Check of tensors that a kernel writes to: it would write to a copy of one that is not contiguous."""
+    for name, x in tensors.items():
+        if not (x.flags["C_CONTIGUOUS"] if isinstance(x, np.ndarray) else x.is_contiguous()):
+            raise ValueError(f"{name}: not contiguous, needs a contiguous tensor to be written to")
 
 
 def need(name: str, x: Array, dtypes: Sequence[str], shape: Sequence[int] | None) -> None:

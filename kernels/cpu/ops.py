@@ -27,6 +27,7 @@ from telechat_twins.kernels.cpu.checks import (
     same,
     same_shape,
     size_of,
+    written,
 )
 from telechat_twins.kernels.cpu.engine import Array, DType, Spec, engine_of
 from telechat_twins.kernels.cpu.pointwise import add as add
@@ -152,10 +153,14 @@ def swiglu(gate: Array, up: Array) -> Array:
     return e.run("swiglu", (gate, up), ((gate.dtype, gate.shape),), (), 0)
 
 
-def swiglu_backward(grad: Array, gate: Array, up: Array) -> tuple[Array, Array]:
-    """(dgate, dup)."""
+def swiglu_backward(grad: Array, gate: Array, up: Array, in_place: bool = False) -> tuple[Array, Array]:
+    """(dgate, dup), which overwrite gate and up if ``in_place``. ValueError for one that is not contiguous then."""
     e = floats(grad=grad, gate=gate, up=up)
     same(gate=gate, up=up, grad=grad)
+    if in_place:
+        written(gate=gate, up=up)
+        e.run("swiglu_backward_in_place", (grad, gate, up), (), (), 0)
+        return gate, up
     return e.run("swiglu_backward", (grad, gate, up), ((gate.dtype, gate.shape), (up.dtype, up.shape)), (), 0)
 
 
@@ -271,11 +276,10 @@ def cross_entropy_backward(
     e = loss(logits, targets, first, real)
     need("log_sum_exp", log_sum_exp, ("float32",), (logits.shape[0],))
     need("factor", factor, ("float32",), None)
-    if in_place and e.unit_stride(logits) is not logits:
-        raise ValueError("logits: not contiguous, needs a contiguous tensor with in_place")
     inputs, scalars = (logits, targets, log_sum_exp, factor), (first, real, z_loss)
     if not in_place:
         return e.run("cross_entropy_backward", inputs, ((logits.dtype, logits.shape),), scalars, 0)
+    written(logits=logits)
     e.run("cross_entropy_backward_in_place", inputs, (), scalars, 0)
     return logits
 
@@ -409,9 +413,7 @@ def paged_attention(
     for name, x in (("k", k), ("v", v), ("k_pages", k_pages), ("v_pages", v_pages)):
         if x.dtype != q.dtype:
             raise TypeError(f"{name}: {e.name_of(x)}, needs the dtype of q, {e.name_of(q)}")
-    for name, x in (("k_pages", k_pages), ("v_pages", v_pages)):
-        if e.unit_stride(x) is not x:
-            raise ValueError(f"{name}: not contiguous, needs contiguous pages")
+    written(k_pages=k_pages, v_pages=v_pages)
     R = lengths.shape[0]
     for name, x, shape in (("slots", slots, (N,)), ("starts", starts, (R + 1,)), ("lengths", lengths, (R,))):
         need(name, x, ("int32",), shape)
@@ -432,8 +434,7 @@ def store_rows(pages: Array, x: Array, slots: Array) -> None:
         raise ValueError(f"x: shape {tuple(x.shape)}, needs [N, K, D], with pages [P, size, K, D]")
     if pages.dtype != x.dtype:
         raise TypeError(f"pages: {e.name_of(pages)}, needs the dtype of x, {e.name_of(x)}")
-    if e.unit_stride(pages) is not pages:
-        raise ValueError("pages: not contiguous, needs contiguous pages")
+    written(pages=pages)
     need("slots", slots, ("int64",), (x.shape[0],))
     e.run("store_rows", (e.unit_stride(x), pages, slots), (), (), 1)
 

@@ -59,6 +59,20 @@ void rotate(const View &x, const View &cos, const View &sin, const View *scale, 
            });
 }
 
+// dgate and dup of grad, gate and up, which they may overwrite: an element of each is read before either is written.
+void swiglu_gradients(const View *in, const View &dgate, const View &dup) {
+  const bool far = streams(dgate);
+  with_type(in[0].dtype, [&](auto *t) {
+    using T = std::remove_pointer_t<decltype(t)>;
+    over(dgate.as<T>(), in[0].size(), [&](int64_t i, int n) {
+      const vf d = get(in[0].as<T>() + i, n), g = get(in[1].as<T>() + i, n), u = get(in[2].as<T>() + i, n);
+      const vf s = silu_gate(g);
+      put(dgate.as<T>() + i, d * u * s * (1.0f + g * (1.0f - s)), n, far);
+      put(dup.as<T>() + i, d * g * s, n, far);
+    });
+  });
+}
+
 }  // namespace
 
 // in: q, k [B, S, heads, D] with contiguous D, cos, sin, scale_q, scale_k [B or 1, S, 1, D/2] float32;
@@ -83,19 +97,9 @@ KERNEL(swiglu, 2, 1, 0) {
   });
 }
 
-// in: grad, gate, up; out: dgate, dup
-KERNEL(swiglu_backward, 3, 2, 0) {
-  const bool far = streams(out[0]);
-  with_type(in[0].dtype, [&](auto *t) {
-    using T = std::remove_pointer_t<decltype(t)>;
-    over(out[0].as<T>(), in[0].size(), [&](int64_t i, int n) {
-      const vf d = get(in[0].as<T>() + i, n), g = get(in[1].as<T>() + i, n), u = get(in[2].as<T>() + i, n);
-      const vf s = silu_gate(g);
-      put(out[0].as<T>() + i, d * u * s * (1.0f + g * (1.0f - s)), n, far);
-      put(out[1].as<T>() + i, d * g * s, n, far);
-    });
-  });
-}
+// in: grad, gate, up; out: dgate, dup, or in place those over gate and up
+KERNEL(swiglu_backward, 3, 2, 0) { swiglu_gradients(in, out[0], out[1]); }
+KERNEL(swiglu_backward_in_place, 3, 0, 0) { swiglu_gradients(in, in[1], in[2]); }
 
 // in: x; out: gelu(x), tanh form
 KERNEL(gelu, 1, 1, 0) {

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import numpy as np
-
-from telechat_twins.kernels.cpu.checks import either, floats, need, product
+from telechat_twins.kernels.cpu.checks import either, floats, need, product, written
 from telechat_twins.kernels.cpu.engine import Array
 
 
@@ -50,14 +48,8 @@ def adapted_backward(
     for name, into in (("dx", dx), ("dread", dread)):
         if into is not None:
             need(name, into, ("float32",), read.shape)
-            _in_place(name, into)
+            written(**{name: into})
     f32, what = e.dtypes["float32"], 2 if add else 1
     scalars = (scale, 0 if dx is None else what, 0 if dread is None else 3 if dread is dx else what)
     inputs = (either(dx, read), either(dread, read), dy, read, low, w, a, b)
     return e.run("adapted_backward", inputs, ((f32, tuple(a.shape)), (f32, (n, r))), scalars, 0)
-
-
-def _in_place(name: str, x: Array) -> None:
-    contiguous = x.flags["C_CONTIGUOUS"] if isinstance(x, np.ndarray) else x.is_contiguous()
-    if not contiguous:
-        raise ValueError(f"{name}: not contiguous, and to be written to")

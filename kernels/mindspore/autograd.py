@@ -12,9 +12,10 @@ from types import ModuleType
 import mindspore as ms
 from mindspore import Tensor, ops
 
+from telechat_twins.kernels.cpu import ops as cpu
 from telechat_twins.kernels.mindspore.composite import total_loss
 from telechat_twins.kernels.mindspore.keys import Keys
-from telechat_twins.kernels.mindspore.private import Context, Function
+from telechat_twins.kernels.mindspore.private import Context, Function, is_leaf
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -222,17 +223,19 @@ class Rope(Function):
 
 
 class Swiglu(Function):
-    """Saves gate and up; the backward recomputes silu."""
+    """Saves gate and up; the backward recomputes silu, and on the CPU overwrites both with their gradients unless they
+    are leaves: nothing else of this decoder's backward pass needs them by then, and they are its largest tensors."""
 
     @staticmethod
     def forward(ctx: Context, gate: Tensor, up: Tensor, module: ModuleType) -> Tensor:
+        in_place = module is cpu and not is_leaf(gate) and not is_leaf(up)
+        ctx.module, ctx.options = module, {"in_place": True} if in_place else {}
         ctx.save_for_backward(gate, up)
-        ctx.module = module
         return module.swiglu(gate, up)
 
     @staticmethod
     def backward(ctx: Context, grad: Tensor) -> Gradients:
-        return *ctx.module.swiglu_backward(grad, *ctx.saved_tensors), None
+        return *ctx.module.swiglu_backward(grad, *ctx.saved_tensors, **ctx.options), None
 
 
 class Gelu(Function):

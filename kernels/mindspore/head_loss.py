@@ -60,6 +60,7 @@ class FrozenHeadLoss(Function):
             losses.append(log_sum_exp - picked)
             dlogits = module.cross_entropy_backward(logits, targets[part], 0, V, log_sum_exp, one)
             dxs.append(turned_product(cpp, dlogits, weight))
+            del logits, dlogits  # before the next block's are made
         dx = dxs[0] if len(dxs) == 1 else ops.concat(dxs, 0)
         ctx.save_for_backward(dx if multiplier == 1.0 else dx * times)
         return total_loss(losses[0] if len(losses) == 1 else ops.concat(losses, 0), targets)

@@ -83,6 +83,12 @@ def recording() -> bool:
     return executor is None or executor.grad_flag()
 
 
+def is_leaf(x: Tensor) -> bool:
+    """Whether no recorded operator computed x; True where this release does not tell."""
+    leaf: bool = getattr(x, "_is_leaf", True)
+    return leaf
+
+
 def import_extension(builder: ms.ops.CustomOpBuilder, library: Path) -> ModuleType:
     """The module of a library compiled outside ``builder``, registered in the way of MindSpore's own build."""
     return builder._import_module(str(library))
@@ -93,4 +99,13 @@ def set_world_rank(rank: int) -> None:
     distributed._GROUP_RANK_CACHE["hccl_world_group"] = rank
 
 
-__all__ = ["Context", "Function", "executor", "import_extension", "recording", "run_backward", "set_world_rank"]
+__all__ = [
+    "Context",
+    "Function",
+    "executor",
+    "import_extension",
+    "is_leaf",
+    "recording",
+    "run_backward",
+    "set_world_rank",
+]

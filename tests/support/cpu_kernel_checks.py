@@ -119,6 +119,9 @@ def far(rng: np.random.Generator, dtype: np.dtype = F32) -> Iterator[Finding]:
             "layer_norm dx": lambda at: ops.layer_norm_backward(y[at], x[at], weight, ones[at], ones[at])[0],
             "swiglu": lambda at: ops.swiglu(x[at], y[at]),
             "swiglu backward": lambda at: np.stack(ops.swiglu_backward(z[at], x[at], y[at]), 1),
+            "swiglu backward in place": lambda at: np.stack(
+                ops.swiglu_backward(z[at], x[at].copy(), y[at].copy(), in_place=True), 1
+            ),
             "gelu": lambda at: ops.gelu(x[at]),
             "gelu backward": lambda at: ops.gelu_backward(y[at], x[at]),
             "add": lambda at: ops.add(x[at], y[at]),

@@ -26,6 +26,23 @@ def test_mindspore_runs_backward_from_python() -> None:
     assert ms_private.recording() is False and not inspect.signature(ms_private.executor.grad_flag).parameters
 
 
+def test_mindspore_tells_leaves_from_what_it_computed() -> None:
+    seen: list[bool] = []
+
+    class Double(ms_private.Function):
+        @staticmethod
+        def forward(ctx: ms_private.Context, x: ms.Tensor) -> ms.Tensor:
+            seen.append(ms_private.is_leaf(x))
+            return x + x
+
+        @staticmethod
+        def backward(ctx: ms_private.Context, grad: ms.Tensor) -> ms.Tensor:
+            return grad + grad
+
+    ms.grad(lambda x: Double.apply(Double.apply(x)).sum())(ms.Tensor([1.0]))
+    assert seen == [True, False] and ms_private.is_leaf(ms.Tensor([1.0]))
+
+
 def test_mindspore_loads_a_compiled_extension() -> None:
     parameters = inspect.signature(ms.ops.CustomOpBuilder._import_module).parameters
     assert next(iter(parameters)) == "module_path"
