@@ -13,6 +13,7 @@ import numpy as np
 
 from telechat_twins.core.checkpoint.read import Checkpoint, TensorPiece
 from telechat_twins.core.config import RunConfig
+from telechat_twins.core.launch.memory import return_freed
 from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.model.growth import Growth, read_history
 from telechat_twins.core.model.init import init_tensor
@@ -252,6 +253,7 @@ class BaseTrainer(ABC, Generic[S]):
         if self.config.lora is None:
             self.optimizer.load_masters(read)
         self._load_constants(read, False)
+        return_freed()  # the arrays that were read
 
     def load_adapters(self, read: Read) -> None:
         """All adapters: those that are trained, and those that ``train.freeze`` names."""
@@ -277,6 +279,7 @@ class BaseTrainer(ABC, Generic[S]):
             steps = checkpoint.trainer["optimizer_steps"]
             history = read_history(checkpoint.model, str(checkpoint.path / "model.json"))
             self.optimizer.load_state(lambda key, box: checkpoint.read("optimizer", key, box), steps, history)
+            return_freed()
 
     @property
     def step(self) -> int:
