@@ -342,7 +342,7 @@ class Decoder(nn.Cell):
         layer = self.embed if self.head is None else self.head
         if not self.last or layer is None or getattr(layer, "bias", None) is not None:
             return None
-        head = ops.FrozenHead(layer.weight, self.config.logit_mult, self.padding)
+        head = ops.FrozenHead(layer.weight, self.config.logit_mult, self.padding, self.config.ffn_hidden_size)
         return head if ops.serves_head(head) else None
 
     def use_adapters(self, on: bool) -> None:

@@ -90,7 +90,8 @@ def rows_bytes(config: ModelConfig, positions: int) -> int:
     """Bytes of the largest block of logits where the loss of a frozen head is computed by rows, in float32."""
     from telechat_twins.core.model.batch import head_blocks  # imports numpy
 
-    return 4 * config.vocab_size * max(one.stop - one.start for one in head_blocks(positions, config.vocab_size))
+    blocks = head_blocks(positions, config.vocab_size, config.ffn_hidden_size)
+    return 4 * config.vocab_size * max(one.stop - one.start for one in blocks)
 
 
 def _extra(

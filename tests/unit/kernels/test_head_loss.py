@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -16,7 +15,6 @@ RNG = np.random.default_rng(0)
 X, WEIGHT = (RNG.standard_normal(shape).astype(np.float32) for shape in ((N, E), (V, E)))
 PADDING = np.where(np.arange(V) < V - 3, 0.0, -1e30).astype(np.float32)
 TARGETS = np.where(RNG.random(N) < 0.2, IGNORE, RNG.integers(0, V - 3, N)).astype(np.int32)
-Blocks = Callable[[int, int], list[slice]]
 
 
 def definition() -> tuple[float, np.ndarray]:
@@ -36,7 +34,7 @@ def definition() -> tuple[float, np.ndarray]:
 def of_pt() -> tuple[float, np.ndarray]:
     torch = pytest.importorskip("torch")
     module = importlib.import_module("telechat_twins.kernels.pytorch.head_loss")
-    head = module.FrozenHead(torch.from_numpy(WEIGHT), MULTIPLIER, torch.from_numpy(PADDING))
+    head = module.FrozenHead(torch.from_numpy(WEIGHT), MULTIPLIER, torch.from_numpy(PADDING), 8)
     assert module.serves(head)
     x = torch.from_numpy(X).clone().requires_grad_()
     loss = module.frozen_head_loss(x[None], head, torch.from_numpy(TARGETS)[None])
@@ -48,7 +46,7 @@ def of_ms() -> tuple[float, np.ndarray]:
     ms = pytest.importorskip("mindspore")
     module = importlib.import_module("telechat_twins.kernels.mindspore.head_loss")
     weight = ms.Parameter(ms.Tensor(WEIGHT), requires_grad=False)
-    head = module.FrozenHead(weight, MULTIPLIER, ms.Tensor(PADDING))
+    head = module.FrozenHead(weight, MULTIPLIER, ms.Tensor(PADDING), 8)
     assert module.serves(head)
     record = importlib.import_module("telechat_twins.telechat_ms.autograd").record
     targets = ms.Tensor(TARGETS)[None]
@@ -63,7 +61,7 @@ def worst(found: tuple[float, np.ndarray], exact: tuple[float, np.ndarray]) -> f
     return max(abs(found[0] - loss) / loss, float(apart))
 
 
-def uneven(rows: int, _: int) -> list[slice]:
+def uneven(rows: int, *_: int) -> list[slice]:
     return [slice(first, min(first + 128, rows)) for first in range(0, rows, 128)]
 
 
@@ -81,6 +79,7 @@ def test_loss_and_gradient_are_the_definition_s(backend: str, monkeypatch: pytes
 
 def test_blocks_cover_every_row_once() -> None:
     for rows, vocab_size in ((1, 8), (128, 131072), (129, 131072), (1024, 8192)):
-        covered = [row for part in head_blocks(rows, vocab_size) for row in range(rows)[part]]
+        covered = [row for part in head_blocks(rows, vocab_size, 512) for row in range(rows)[part]]
         assert covered == list(range(rows))
-    assert len(head_blocks(1024, 8192)) == 4
+    assert len(head_blocks(1024, 8192, 8192)) == 4
+    assert max(one.stop - one.start for one in head_blocks(1024, 8192, 1408)) == 1024 * 1408 // 8192, "as large as it"
