@@ -8,7 +8,7 @@ multiplied by 0 between A and B).
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -66,8 +66,3 @@ def used_adapters(owners: np.ndarray) -> list[tuple[int, np.ndarray | None]]:
     if len(numbers) == 1 and (owners == numbers[0]).all():
         return [(numbers[0], None)]
     return [(number, (owners == number).astype(np.float32)[None, :, None]) for number in numbers]
-
-
-def named_adapters(names: Sequence[str]) -> dict[str, int]:
-    """Name -> number, in the order given."""
-    return {name: number for number, name in enumerate(names, BASE + 1)}
