@@ -83,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         sampling=sampling,
         max_new_tokens=args.max_new_tokens,
         stops=model.settings.stops,
+        min_new_tokens=model.settings.min_new_tokens,
         add_bos=args.add_bos,
         layout=model.layout,
         adapter=len(model.adapters),

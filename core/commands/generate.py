@@ -287,6 +287,7 @@ def _reject(args: argparse.Namespace) -> int:
     template = Request(
         prompt_ids=tuple(found.longest),
         max_new_tokens=args.max_new_tokens,
+        min_new_tokens=model.settings.least_tokens(args.max_new_tokens),
         sampling=sampling,
         samples=args.samples,
         stop_ids=turn_stops(model.tokenizer, model.config),
@@ -321,16 +322,15 @@ def _request(args: argparse.Namespace, model: Loaded, ids: Sequence[int], sampli
     """The engine's request for a prompt's ids, with the options."""
     from telechat_twins.core.inference.requests import Request, turn_stops
 
-    stops: frozenset[int] = frozenset()
-    if not args.ignore_eos:
-        stops = turn_stops(model.tokenizer, model.config) if args.chat and model.tokenizer else model.config.stop_ids
+    stops = turn_stops(model.tokenizer, model.config) if args.chat and model.tokenizer else model.config.stop_ids
     has_text = model.tokenizer is not None
     return Request(
         prompt_ids=tuple(ids),
         max_new_tokens=args.max_new_tokens,
+        min_new_tokens=model.settings.least_tokens(args.max_new_tokens),
         sampling=sampling,
         samples=args.samples,
-        stop_ids=stops,
+        stop_ids=frozenset() if args.ignore_eos else stops,
         stop_texts=tuple(args.stop),
         logprobs=args.logprobs,
         prompt_logprobs=args.prompt_logprobs,

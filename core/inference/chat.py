@@ -55,11 +55,12 @@ class Chat:
         layout: ChatLayout | None = None,
         adapter: int = 0,
         stops: Sequence[str] = (),
+        min_new_tokens: int = 0,
     ) -> None:
         """``layout`` None: TeleChat2's, for a tokenizer that can hold it. ``system`` None: the template's default.
         ``max_new_tokens`` None: a quarter of max_seqlen, at most 1024. ``cut_question``: a question that is too long by
-        itself loses its beginning, as in the release; otherwise it is an error. ``adapter`` as in Request; ``stops``:
-        strings that end an answer.
+        itself loses its beginning, as in the release; otherwise it is an error. ``adapter`` and
+        ``min_new_tokens`` as in Request; ``stops``: strings that end an answer.
 
         UserError when the tokenizer does not fit the model or the layout, or the budget is below 3 tokens.
         """
@@ -72,6 +73,7 @@ class Chat:
         self.system, self.tools = system, tools
         self.sampling = sampling or SamplingConfig()
         self.max_new_tokens = default_answer_length(self.config) if max_new_tokens is None else max_new_tokens
+        self.least = min(min_new_tokens, self.max_new_tokens)
         self.add_bos, self.cut_question, self.adapter = add_bos, cut_question, adapter
         self.history: list[Message] = []
         self.stop_ids, self._stops = turn_stops(self.tokenizer, self.config), tuple(stops)
@@ -124,6 +126,7 @@ class Chat:
         request = Request(
             prompt_ids=tuple(self._prompt(new)),
             max_new_tokens=self.max_new_tokens,
+            min_new_tokens=self.least,
             sampling=self.sampling,
             stop_ids=self.stop_ids,
             stop_texts=self._stops,
@@ -287,6 +290,7 @@ class ChatModel:
             if max_new_tokens is None
             else max_new_tokens,
             stops=self.settings.stops,
+            min_new_tokens=self.settings.min_new_tokens,
             add_bos=add_bos,
             tools=tools,
             cut_question=True,

@@ -131,6 +131,7 @@ def deciding(model: Loaded, prompts: str, scorer: JsonObject) -> JsonObject:
     return {
         **{name: getattr(model.args, name) for name in _DECIDING.split()},
         "preference_out": None if pairs is None else str(Path(pairs).resolve()),
+        **({"min_new_tokens": least} if (least := model.settings.min_new_tokens) else {}),
         "prompts": prompts,
         "score": scorer,
         "weights": fingerprint(model.source.config, model.source.read),

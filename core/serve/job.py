@@ -119,14 +119,18 @@ class AnswerOptions:
     bias: dict[int, float]
     salt: str
     ignore_eos: bool
-    least: int
+    least: int | None
+    settings: Settings
 
     def stop_ids(self, usual: frozenset[int]) -> frozenset[int]:
         """The tokens that end an answer which ``usual`` ones do unless they are ignored."""
         return self.ends | (frozenset() if self.ignore_eos else usual)
 
     def least_of(self, new: int) -> int:
-        """``min_tokens`` of answers of at most ``new`` tokens. ApiError where they are fewer."""
+        """``min_tokens`` of answers of at most ``new`` tokens, by default those of the model's settings. ApiError where
+        the answers are shorter."""
+        if self.least is None:
+            return self.settings.least_tokens(new)
         if self.least > new:
             message = f"min_tokens: must be at most the answer's limit of {new} tokens, found {shown(self.least)}"
             raise ApiError(400, message, "min_tokens", "invalid_value")
@@ -143,7 +147,8 @@ def read_options(fields: Fields, served: Served, tenant: str) -> AnswerOptions:
         bias=read_bias(fields, served.config.num_tokens),
         salt=read_salt(fields, tenant),
         ignore_eos=fields.boolean("ignore_eos"),
-        least=fields.integer("min_tokens", 0, None) or 0,
+        least=fields.integer("min_tokens", 0, None),
+        settings=served.settings,
     )
     read_ignored(fields)
     return options

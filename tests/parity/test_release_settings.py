@@ -20,8 +20,11 @@ from telechat_twins.core.commands.options import load_model
 from telechat_twins.core.inference.sampling import sampling_config
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.serve.fields import Fields
+from telechat_twins.core.serve.job import read_options
 from telechat_twins.core.serve.process.options import cache_sizes
 from telechat_twins.core.serve.process.run import served_model
+from telechat_twins.core.types import JsonObject
 from tests.support.data_support import VOCAB_SIZE, tiny_tokenizer_path
 
 SETTINGS = {"do_sample": True, "temperature": 0.9, "top_k": 7, "max_new_tokens": 6, "pad_token_id": 3, "num_beams": 3}
@@ -74,3 +77,44 @@ def test_every_door_takes_the_release_at_its_word(
     model = load_model(args, "tele serve")
     served = served_model(args, model, model.engine_with(*cache_sizes(args, model.config)))
     assert served.settings.resolve({}, draws=True) == sampling_config(temperature=0.9, top_k=7)
+
+
+@pytest.mark.parametrize("backend", ["ms", "pt"])
+def test_no_door_ends_an_answer_before_the_least_tokens_of_a_release(
+    backend: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip({"ms": "mindspore", "pt": "torch"}[backend])
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    words = ["--backend", backend, "--checkpoint", str(tmp_path)]
+
+    def settle(**found: object) -> None:
+        (tmp_path / "generation_config.json").write_text(json.dumps({"do_sample": False, **found}))
+
+    def generated(*more: str) -> JsonObject:
+        assert main(["generate", *words, "--json", "--ids", "9,8,7", *more]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    settle(max_new_tokens=12)
+    whole = generated("--ignore-eos")["ids"]
+    settle(eos_token_id=[2, whole[1]], max_new_tokens=12)
+    ended = generated()
+    assert ended["finish_reason"] == "stop" and ended["ids"] == whole[: whole.index(whole[1])]
+    settle(eos_token_id=[2, whole[1]], max_new_tokens=12, min_new_tokens=7)
+    later = generated()["ids"]
+    assert len(later) >= 7 and later[: len(ended["ids"])] == ended["ids"] and whole[1] not in later[:7]
+    assert len(generated("--max-new-tokens", "4")["ids"]) == 4
+    # By chat's door, and by the server's, where a request may say otherwise.
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"word3 sound4\n")))
+    assert main(["chat", *words]) == 0
+    chatted = capsys.readouterr()
+    assert "takes max_new_tokens 12, min_new_tokens 7 (" in chatted.err
+    assert main(["generate", *words, "--chat", "--prompt", "word3 sound4"]) == 0
+    assert capsys.readouterr().out.strip() == chatted.out.strip()
+    parser = argparse.ArgumentParser()
+    serve.add_arguments(parser)
+    args = parser.parse_args(words)
+    model = load_model(args, "tele serve")
+    served = served_model(args, model, model.engine_with(*cache_sizes(args, model.config)))
+    for asked, new, least in ((None, 12, 7), (None, 4, 4), (None, 0, 0), (0, 12, 0), (2, 12, 2)):
+        fields = Fields({"model": served.name, "min_tokens": asked})
+        assert read_options(fields, served, "").least_of(new) == least

@@ -45,7 +45,6 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
     "top_h": (1,),
     "guidance_scale": (1,),
     "min_length": (0,),
-    "min_new_tokens": (0,),
     "no_repeat_ngram_size": (0,),
     "encoder_no_repeat_ngram_size": (0,),
     "diversity_penalty": (0,),
@@ -59,13 +58,15 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 class Settings:
     """The file's settings. ``where``: its path, None without one. ``draws``: do_sample. ``sampling``: fields of
     SamplingConfig. ``max_length`` counts prompt and answer; ``max_new_tokens``, the answer alone, comes before it.
-    ``stops``: stop strings. ``unknown``: keys that are not honoured, with their values."""
+    ``min_new_tokens`` as in Request. ``stops``: stop strings. ``unknown``: keys that are not honoured, with their
+    values."""
 
     where: str | None = None
     draws: bool | None = None
     sampling: Mapping[str, float] = field(default_factory=dict)
     max_new_tokens: int | None = None
     max_length: int | None = None
+    min_new_tokens: int = 0
     stops: tuple[str, ...] = ()
     unknown: Mapping[str, object] = field(default_factory=dict)
 
@@ -95,6 +96,10 @@ class Settings:
             wanted = self.max_length - prompt
         return default if wanted is None else max(1, min(wanted, trained - prompt))
 
+    def least_tokens(self, new: int) -> int:
+        """Tokens before which no answer of at most ``new`` tokens ends (Request.min_new_tokens)."""
+        return min(self.min_new_tokens, new)
+
     def note(self, given: Mapping[str, object], draws: bool) -> list[str]:
         """What is taken from the file beside what is ``given``, in a line, and what is not honoured, in another.
 
@@ -111,6 +116,8 @@ class Settings:
                 (taken if drawing or name not in DRAWING else idle).append(f"{name} {value:g}")
         if "max_new_tokens" not in given:
             taken += [f"{name} {value}" for name in LENGTHS if (value := getattr(self, name)) is not None][:1]
+        if self.min_new_tokens:
+            taken.append(f"min_new_tokens {self.min_new_tokens}")
         if self.stops and "stop" not in given:
             taken.append(f"{len(self.stops)} stop_strings")
         notes = []
@@ -149,6 +156,7 @@ def read_settings(found: JsonObject, where: str, config: ModelConfig) -> Setting
         where,
         draws,
         {name: n for name, n in sampling.items() if name == "temperature" or n != getattr(SamplingConfig(), name)},
+        min_new_tokens=_length(where, "min_new_tokens", given.pop("min_new_tokens", 0), least=0),
         stops=_stops(where, given.pop("stop_strings", ())),
         unknown={key: value for key, value in given.items() if not _harmless(key, value, config)},
         **lengths,
@@ -166,9 +174,9 @@ def _sampling_value(where: str, name: str, value: object) -> float:
     return value
 
 
-def _length(where: str, name: str, value: object) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _wrong(where, name, "a whole number of at least 1", value)
+def _length(where: str, name: str, value: object, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise _wrong(where, name, f"a whole number of at least {least}", value)
     return value
 
 

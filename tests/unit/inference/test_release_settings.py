@@ -53,6 +53,8 @@ def test_lengths_end_at_the_trained_one():
     assert read({"max_length": 100}).new_tokens(30, 128, 2048) == 70
     assert read({"max_length": 100, "max_new_tokens": 5}).new_tokens(30, 128, 2048) == 5
     assert read({}).new_tokens(30, 128, 2048) == 128
+    least = read({"min_new_tokens": 5})
+    assert [least.least_tokens(new) for new in (0, 3, 9)] == [0, 3, 5] and read({}).least_tokens(9) == 0
 
 
 def test_one_line_says_what_is_taken():
@@ -64,6 +66,8 @@ def test_one_line_says_what_is_taken():
     (line,) = read(DRAWING).note({"top_k": 3, "stop": True}, draws=False)
     assert line.startswith("generation_config.json: takes do_sample true, temperature 0.6, top_p 0.9 (")
     assert read({"do_sample": False, "eos_token_id": [2], "pad_token_id": 3}).note({}, draws=False) == []
+    assert "takes min_new_tokens 3 (" in read({"min_new_tokens": 3}).note({}, draws=False)[0]
+    assert read({"min_new_tokens": 0}).note({}, draws=False) == []
     assert "takes do_sample false" in read({"do_sample": False}).note({}, draws=True)[0]
     found = read({"num_beams": 4, "no_repeat_ngram_size": 0, "suppress_tokens": [7], "eos_token_id": [2, 9], "odd": 1})
     (line,) = found.note({}, draws=False)
@@ -80,6 +84,7 @@ def test_one_line_says_what_is_taken():
         ({"top_p": 1.5}, ": top_p: must be at most 1.0, found 1.5.*--generation-config none"),
         ({"top_k": 2.5}, "top_k: expected.*--generation-config none"),
         ({"max_new_tokens": 0}, "max_new_tokens: must be a whole number of at least 1, found 0"),
+        ({"min_new_tokens": -1}, "min_new_tokens: must be a whole number of at least 0, found -1"),
         ({"stop_strings": ["a", ""]}, "stop_strings: must be a string or a list of strings, none empty"),
         ({"stop_strings": ["a"] * 17}, "stop_strings: must be at most 16 strings"),
     ],
