@@ -31,3 +31,8 @@ def disk_full(error: BaseException) -> str | None:
     path = error.filename if isinstance(error, OSError) and isinstance(error.filename, str) else "output"
     reason = f"{_FULL[number]} was exceeded" if number == errno.EFBIG else _FULL[number]
     return f"{path}: cannot be written ({reason}); free some space or choose another path"
+
+
+def tells_of_full_disk(message: str) -> bool:
+    """Whether an error's message, perhaps of another process, says that there is no room to write."""
+    return any(reason in message for reason in _FULL.values())

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from telechat_twins.core.config import RunConfig, bundled_file, is_bundled_name, load_run_config
-from telechat_twins.core.errors import UserError
+from telechat_twins.core.errors import UserError, tells_of_full_disk
 from telechat_twins.core.files.atomic import remove_folder, write_text
 from telechat_twins.core.files.foreign import load_json
 from telechat_twins.core.launch.launcher import launch
@@ -229,8 +229,8 @@ def result_of(trial: Trial) -> TrialResult | None:
 def run_trial(backend: str, trial: Trial, look: Callable[[], None]) -> TrialResult | None:
     """Train a trial to its end, from its last checkpoint if it has one; None when interrupted.
 
-    ``look`` is called many times a second meanwhile. The checkpoints are removed after the result has been written: the
-    search needs metrics.jsonl only.
+    ``look`` is called many times a second meanwhile. The launch says on stderr why a trial failed; a full disk is not
+    recorded. The checkpoints are removed after the result has been written: the search needs metrics.jsonl only.
     """
     folder = trial.folder
     words = ["--config", str(folder / "run.yaml"), "--out", str(folder), "--resume", "auto"]
@@ -243,6 +243,8 @@ def run_trial(backend: str, trial: Trial, look: Callable[[], None]) -> TrialResu
         stopped = next((line for line in errors if line.startswith(STOPPED)), None)
         reason = stopped or (errors[0] if errors else f"the launch ended with code {code}")
         result = TrialResult(DIVERGED if stopped else FAILED, reason.splitlines()[0])
+        if tells_of_full_disk(result.reason):
+            return result  # which could not be written either
     write_text(folder / "result.json", json.dumps(dataclasses.asdict(result)) + "\n")
     if result.state != FAILED:
         forget_checkpoints(folder)

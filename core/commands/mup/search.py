@@ -12,7 +12,7 @@ from typing import TextIO
 
 from telechat_twins.core import backends
 from telechat_twins.core.data.blend import open_blend
-from telechat_twins.core.errors import UserError
+from telechat_twins.core.errors import UserError, tells_of_full_disk
 from telechat_twins.core.files.atomic import writable_file, write_text
 from telechat_twins.core.launch.run_lock import hold_folder
 from telechat_twins.core.mup.search import (
@@ -76,7 +76,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run all trials. Returns 0 when every trial has ended, with whatever outcome; 130 when interrupted."""
+    """Run all trials. Returns 0 when every trial has ended, with whatever outcome; 2 on a full disk, 130 when
+    interrupted."""
     search = read_search(args.search)
     try:
         trials = plan(search, args.out)
@@ -104,6 +105,8 @@ def _search(trials: Sequence[Trial], window: int, backend: str, out: Path) -> in
         if result is None:
             print(f"interrupted in {trial.name}; the same command continues from there", file=sys.stderr)
             return 130
+        if tells_of_full_disk(result.reason):
+            return 2  # the launch has said so in its line; every further trial would end alike
         progress.end(result.state if not result.reason else f"{result.state}: {result.reason}")
         report(trials, window, out)
     print(report(trials, window, out, plots=True))

@@ -297,6 +297,24 @@ def test_what_diverges_or_fails_is_recorded_and_not_fatal(
     assert tele(folder) == 0 and order == [names[1]]
 
 
+def test_a_full_disk_ends_the_search(folder: Path, launched: Launched, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every further trial would end alike, each with lines of its own."""
+    order, steppers = launched
+    names = [trial.name for trial in plan(read_search(folder / "search.yaml"), folder / "out")]
+
+    class Full(NumpyStepper):
+        def update(self, lr, grad_scale):
+            raise OSError("step-00000002: the disk is full while saving; nothing was replaced; free some space")
+
+    steppers[names[1]] = Full
+    assert tele(folder) == 2 and order == names[:2]
+    assert "the disk is full" not in capsys.readouterr().err, "the launch says it"
+    assert not (folder / "out" / names[1] / "result.json").exists()
+    del steppers[names[1]]
+    order.clear()
+    assert tele(folder) == 0 and order == names[1:]
+
+
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
