@@ -172,3 +172,23 @@ def test_bits_per_byte_are_those_of_the_definition(backend: str, tmp_path: Path,
     ):
         assert main(["eval", "bpb", "--backend", backend, *options, *domains, *more]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_bits_per_byte_of_files_as_people_have_them(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What the reading of a file advises, --encoding and --ignore-key, is there to be followed."""
+    pytest.importorskip("torch")
+    folder = write_llama(tmp_path / "model", num_layers=1)
+    (tmp_path / "a.jsonl").write_bytes(json.dumps({"text": "中文\r\n fox"}).encode())
+    (tmp_path / "b.csv").write_bytes('note,text\r\n1,"中文\r\n fox"\r\n'.encode("gb18030"))
+
+    def bits(name: str, *more: str) -> int:
+        domain = ["--domain", f"d={tmp_path / name}", "--quiet", *more]
+        return main(["eval", "bpb", "--backend", "pt", "--checkpoint", str(folder), *domain])
+
+    assert bits("a.jsonl") == 0
+    plain = capsys.readouterr().out
+    assert "12 bytes" in plain
+    assert bits("b.csv") == 2 and "--encoding gb18030" in capsys.readouterr().err
+    assert bits("b.csv", "--encoding", "gb18030") == 2 and "--ignore-key note" in capsys.readouterr().err
+    assert bits("b.csv", "--encoding", "gb18030", "--ignore-key", "note") == 0
+    assert capsys.readouterr().out == plain

@@ -11,6 +11,8 @@ from tqdm import tqdm
 
 from telechat_twins.core.commands.options import add_adapter_argument, add_checkpoint_arguments, load_model
 from telechat_twins.core.data.forms.find import find_inputs
+from telechat_twins.core.data.forms.streams import UTF8, check_encoding
+from telechat_twins.core.data.kinds.messages import Reading
 from telechat_twins.core.data.rows import read_documents
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.eval.bits import PRESETS, DomainBits, check_domains, domain_bits, weighted_bits
@@ -51,6 +53,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"{', '.join(PRESETS)}, or a weight for each domain (default: equal)",
     )
     parser.add_argument("--text-key", default="text", metavar="NAME", help="key of a row's text (text)")
+    parser.add_argument("--encoding", default=UTF8, metavar="NAME", help="of text files, e.g. gb18030 (default: utf-8)")
+    parser.add_argument(
+        "--ignore-key", action="append", default=[], metavar="NAME", help="leave this key of rows out (repeatable)"
+    )
     parser.add_argument("--max-len", type=int, metavar="N", help="tokens of a window (default: the trained length)")
     parser.add_argument("--out", metavar="F", help="write the figures as JSON")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -63,10 +69,13 @@ def run(args: argparse.Namespace) -> int:
         writable_file(args.out, "--out")
     if args.max_len is not None and args.max_len < 1:
         raise UserError(f"--max-len: must be at least 1, found {args.max_len}")
+    check_encoding(args.encoding)
+    if args.text_key in args.ignore_key:
+        raise UserError(f"--ignore-key {args.text_key}: is the field of the text itself (--text-key)")
     domains = _domains(args.domain)
     weights = _weights(args.weights, list(domains))
     check_domains(domains, weights)
-    texts = {name: _texts(name, files, args.text_key) for name, files in domains.items()}
+    texts = {name: _texts(name, files, args) for name, files in domains.items()}
     model = load_model(args, "a text", {} if args.adapter is None else {"": args.adapter})
     assert model.tokenizer is not None  # load_model refuses a checkpoint without one
     config, max_len = model.config, args.max_len or model.config.training_seqlen
@@ -101,11 +110,12 @@ def _domains(given: list[str]) -> dict[str, str]:
     return domains
 
 
-def _texts(name: str, files: str, key: str) -> list[str]:
+def _texts(name: str, files: str, args: argparse.Namespace) -> list[str]:
     texts: list[str] = []
     for file in find_inputs([files]):
         parts: list[str] = []
-        for block in read_documents(file, None, key):
+        reading = Reading(frozenset(args.ignore_key))
+        for block in read_documents(file, None, args.text_key, reading, args.encoding):
             parts.append(block.text)
             if block.last:
                 texts.append("".join(parts))
