@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,10 +91,19 @@ def open_tasks(plans: Sequence[TaskPlan], include: Sequence[Path]) -> TaskManage
         manager = TaskManager(include_path=paths)
     for plan in plans:
         if plan.name not in manager.task_index:
+            if (file := _unread(plan.name, include)) is not None:
+                raise UserError(f"{file}: names the task '{plan.name}', but is not read: correct its YAML or include")
             near = nearest(plan.name, [*manager.all_tasks, *PRESETS])
             hint = f"did you mean '{near}'?" if near else "`lm-eval ls tasks` lists the harness's"
             raise UserError(f"--tasks: unknown task '{plan.name}'; {hint}")
     return manager
+
+
+def _unread(name: str, include: Sequence[Path]) -> Path | None:
+    """The file of ``include`` that names a task; the harness passes over files that it cannot read without a word."""
+    line = re.compile(rf"^\W*(task|group)\W+{re.escape(name)}\W*$", re.MULTILINE)
+    files = sorted(file for folder in include for file in folder.rglob("*.yaml") if file.is_file())
+    return next((file for file in files if line.search(file.read_text("utf-8", "replace"))), None)
 
 
 def run_task(plan: TaskPlan, model: EngineModel, manager: TaskManager, options: RunOptions) -> JsonObject:
@@ -178,8 +188,15 @@ def _bars(quiet: bool) -> Iterator[None]:
 
     for module in modules if quiet else ():
         module.tqdm = silent
+    import datasets
+
+    shown = datasets.is_progress_bar_enabled()
+    if quiet:
+        datasets.disable_progress_bars()
     try:
         yield
     finally:
+        if shown:
+            datasets.enable_progress_bars()
         for module, bar in zip(modules, before, strict=True):
             module.tqdm = bar

@@ -19,6 +19,7 @@ from telechat_twins.core.types import JsonObject
 
 _OURS = "telechat_twins."  # an error inside the model is not the data's
 _TOO_FEW = re.compile(r"samples requested exceeds the \d+|[Ss]ample larger than population|no documents available for")
+_TASK, _FACTORY = "lm_eval.api.task", "lm_eval.tasks._factory"
 _STEPS = ("doc_to_text", "doc_to_target", "doc_to_choice", "process_docs", "process_results")
 
 
@@ -54,6 +55,8 @@ def task_errors(name: str, data: Path | None, sets: LocalSets) -> Iterator[None]
     except UserError:
         raise
     except ImportError as error:
+        if "(from YAML in " in str(error):  # the harness's words for a !function whose file it cannot import
+            raise UserError(f"{name}: {str(error)[:300]}; put that .py file beside the task file") from None
         raise UserError(
             f"{name}: needs a Python module that is not installed ({error}); install it, or the extra of lm_eval that "
             "has it, e.g. lm_eval[ifeval]"
@@ -70,10 +73,16 @@ def task_errors(name: str, data: Path | None, sets: LocalSets) -> Iterator[None]
                 "more rows in the split that it takes them from"
             ) from None
         found = _row_of(error.__traceback__, sets)
+        if found is None and _builds(error.__traceback__):
+            what = _said(error)
+            raise UserError(f"{name}: the harness cannot make a task of its file ({what}); correct the file") from None
         if found is None:
             raise
         doc, place, step, template = found
-        raise UserError(f"{place or name}: {_problem(error, doc, step, template)} (task {name})") from None
+        problem = _problem(error, doc, step, template)
+        if "not among the choices" in problem and re.search(r"\.[ct]sv(\.\w+)?:\d+$", place or ""):
+            problem += "; cells of such a table are texts, write .jsonl with whole numbers"
+        raise UserError(f"{place or name}: {problem} (task {name})") from None
 
 
 def _row_of(trace: TracebackType | None, sets: LocalSets) -> tuple[JsonObject, str | None, str, str] | None:
@@ -85,7 +94,8 @@ def _row_of(trace: TracebackType | None, sets: LocalSets) -> tuple[JsonObject, s
         inside = frame.f_globals.get("__name__", "")
         if inside.startswith(_OURS + "core.eval.adapter"):
             return None
-        doc = frame.f_locals.get("doc")
+        # With its first row the harness tries a task's templates out as it builds the task.
+        doc = frame.f_locals.get("test_doc" if inside == _TASK else "doc", frame.f_locals.get("doc"))
         if isinstance(doc, Mapping) and inside != "lm_eval.evaluator":
             row = dict(doc)
             place = sets.place_of(row)
@@ -96,6 +106,26 @@ def _row_of(trace: TracebackType | None, sets: LocalSets) -> tuple[JsonObject, s
             template = str(getattr(getattr(frame.f_locals.get("self"), "config", None), step, None) or "")
         trace = trace.tb_next
     return None if found is None else (*found, step, template)
+
+
+def _said(error: Exception) -> str:
+    """What is wrong with a task's file. Of an unknown metric the harness says no name."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    metric = trace.tb_frame.f_locals.get("metric_name") if trace is not None else None
+    if isinstance(error, KeyError) and error.args == (None,) and metric:
+        return f"it knows no metric '{metric}'"
+    return f"{type(error).__name__}: {str(error.args[0] if isinstance(error, KeyError) else error)[:200]}"
+
+
+def _builds(trace: TracebackType | None) -> bool:
+    """Whether an error is one of building a task from its file."""
+    while trace is not None:
+        if trace.tb_frame.f_globals.get("__name__") == _FACTORY:
+            return True
+        trace = trace.tb_next
+    return False
 
 
 def _problem(error: Exception, doc: JsonObject, step: str, template: str) -> str:

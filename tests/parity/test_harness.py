@@ -180,7 +180,7 @@ def test_data_of_another_schema_name_the_field(place: Path, tmp_path: Path, caps
             '{"question": "x", "choices": ["a", "b"], "gold": 0}\n',
             "test.jsonl:1: lacks the field 'q', which the task",
         ),
-        ("json", '{"q": 1}\n{"q"\n', "test.jsonl:2: not JSON"),
+        ("json", '{"q": 1}\n{"q"\n', "test.jsonl:2: not valid JSON"),
         ("keys", '{"q": "a"}\n{"q": "b", "gold": 1}\n', "test.jsonl:2: has a field 'gold'; every row must have"),
         ("types", '{"q": "a"}\n{"q": 1}\n', "test.jsonl: 2: q: must have one type in all rows, found int here and str"),
         ("range", "".join([GOOD % (n, 7 * (n > 3)) for n in range(5)]), "test.jsonl:5: its process_results does not"),
@@ -192,3 +192,52 @@ def test_data_of_another_schema_name_the_field(place: Path, tmp_path: Path, caps
         assert message in capsys.readouterr().err
     assert tele(place, "empty", "--data", str(tmp_path), tasks=("made_choices",)) == 2
     assert "has no split; put <split>.jsonl there" in capsys.readouterr().err
+
+
+BROKEN = {  # changes of a task file, and what is said about it
+    "filter": ({"filter_list": [{"name": "n", "filter": [{"function": "regexx"}]}]}, "Unknown filter 'regexx'"),
+    "metric": ({"metric_list": [{"metric": "accuracyy"}]}, "it knows no metric 'accuracyy'"),
+    "key": ({"output_typ": "multiple_choice"}, "unexpected keyword argument 'output_typ'"),
+    "include": ({"include": "gone.yaml"}, "broken.yaml: names the task 'broken', but is not read"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_task_files_that_cannot_be_used_are_one_line(
+    name: str, place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lm_eval.tasks import TaskManager
+
+    own = TaskManager.__init__
+    monkeypatch.setattr(TaskManager, "__init__", lambda self, **o: own(self, **{**o, "include_defaults": False}))
+    task = json.loads((place / "tasks" / "choices.yaml").read_text()) | {"task": "broken", **BROKEN[name][0]}
+    text = "".join(f"{key}: {json.dumps(value)}\n" for key, value in task.items())
+    (tmp_path / "broken.yaml").write_text(text.replace('"broken"', "broken"))
+    assert tele(place, f"broken-{name}", "--include", str(tmp_path), tasks=("broken",)) == 2
+    error = capsys.readouterr().err
+    assert BROKEN[name][1] in error and "Traceback" not in error
+
+
+def test_rows_that_do_not_fit_while_a_task_is_built_are_named(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "made" / "choices"
+    folder.mkdir(parents=True)
+    for row, message in (
+        ('{"q": "x", "choices": ["a", ""], "gold": 0}\n', "test.jsonl:1: its row does not fit the task (string index"),
+        ('{"q": "x", "choices": ["a", "b"], "gold": 7}\n', "test.jsonl:1: its row does not fit the task (list index"),
+    ):
+        (folder / "test.jsonl").write_text(row * 4)
+        assert tele(place, "first", "--data", str(tmp_path), tasks=("made_choices",)) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
+
+
+def test_a_split_by_another_of_its_names_is_noted(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "made" / "choices"
+    folder.mkdir(parents=True)
+    (folder / "testing.jsonl").write_text((place / "tasks/data/made/choices/test.jsonl").read_text())
+    assert tele(place, "alike", "--data", str(tmp_path), "--limit", "2", tasks=("made_choices",)) == 0
+    assert capsys.readouterr().err.count("the split 'testing' is read as 'test'") == 1

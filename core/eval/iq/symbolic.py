@@ -12,7 +12,7 @@ from pathlib import Path
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.eval.iq.items import Draw, IQOptions, Item
-from telechat_twins.core.eval.local_data import read_records
+from telechat_twins.core.eval.local_files import read_records
 from telechat_twins.core.types import JsonObject
 
 SIZE = 300  # rows at most, as in the paper

@@ -10,7 +10,7 @@ import pytest
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.eval.compare import compare_items, lines
 from telechat_twins.core.eval.journal import Journal, digest_of
-from telechat_twins.core.eval.local_data import read_records
+from telechat_twins.core.eval.local_files import read_records
 from telechat_twins.core.eval.presets import PRESETS, TaskPlan
 from telechat_twins.core.eval.results import items, summarised, table, write_results
 from telechat_twins.core.types import JsonObject
@@ -108,9 +108,9 @@ def test_local_rows_are_read_and_refused_with_their_line(tmp_path: Path) -> None
     assert [row for _, row in read_records(tmp_path / "a.json")] == [{"a": 1}, {"a": 2}]
     assert read_records(tmp_path / "a.csv") == [(f"{tmp_path}/a.csv:2", {"a": "1", "b": "2"})]
     for text, message in (
-        ('{"a": 1}\n{a}\n', ":2: not JSON"),
-        ("[1]\n", ":1: expected an object, found list"),
-        ("", "no row"),
+        ('{"a": 1}\n{a}\n', ":2: not valid JSON"),
+        ("[1]\n", ":1: item 1: expected a JSON object, found int"),
+        ("", "has no row"),
     ):
         file.write_text(text)
         with pytest.raises(UserError, match=message):
