@@ -23,7 +23,7 @@ def whole_parser() -> Parser:
 def script(shell: str) -> str:
     """The completion script of a shell. UserError for an unknown shell, or where shtab is not installed."""
     if shell not in SHELLS:
-        near = nearest(shell, SHELLS, cutoff=0.5)
+        near = nearest(shell, SHELLS)
         hint = f"did you mean '{near}'?" if near else f"give one of {', '.join(SHELLS)}"
         raise UserError(f"--print-completion: '{shell}' is not a shell that is supported; {hint}")
     try:

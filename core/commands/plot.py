@@ -18,6 +18,7 @@ RUN is the folder of a run, its metrics.jsonl, or a folder whose subfolders are 
 
 
 SUFFIXES = (".png", ".svg", ".html")
+OTHER_SUFFIXES = (".jpg", ".jpeg", ".pdf", ".webp", ".gif", ".eps", ".htm")  # formats that are not written
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -43,6 +44,9 @@ def run(args: argparse.Namespace) -> int:
     from telechat_twins.core.train.plots.picture import draw
     from telechat_twins.core.train.plots.series import COLUMNS, panels, read_runs
 
+    name = Path(args.out)
+    if name.suffix.lower() in OTHER_SUFFIXES:
+        raise UserError(f"--out {name}: {', '.join(SUFFIXES)} are written, no {name.suffix}; leave the ending out")
     runs = read_runs(args.runs)
     if args.difference and len(runs) < 2:
         raise UserError("--difference: needs two runs or more, found one; name another")
@@ -53,7 +57,6 @@ def run(args: argparse.Namespace) -> int:
     for one in runs:
         places = {row["step"]: float(row[args.against]) for row in one.rows if args.against in row}
         marks |= {places[step]: text for step, text in one.marks.items() if step in places}
-    name = Path(args.out)
     name = name.with_suffix("") if name.suffix in SUFFIXES else name
     paths = [Path(f"{name}{suffix}") for suffix in SUFFIXES]
     for path in paths:
@@ -61,5 +64,5 @@ def run(args: argparse.Namespace) -> int:
     title = " \u00b7 ".join(one.label for one in runs[:6]) + (f" and {len(runs) - 6} more" if len(runs) > 6 else "")
     draw(shown, title, args.against, marks, paths[:2])
     write_page(shown, title, args.against, marks, paths[2])
-    print(f"{len(runs)} runs: {', '.join(map(str, paths))}")
+    print(f"{len(runs)} {'run' if len(runs) == 1 else 'runs'}: {', '.join(map(str, paths))}")
     return 0

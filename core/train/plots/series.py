@@ -69,6 +69,8 @@ def read_runs(paths: Sequence[Path]) -> list[Series]:
 
 def _runs_at(path: Path) -> list[Series]:
     if path.is_file() or (path / "metrics.jsonl").is_file():
+        if path.is_file() and path.suffix != ".jsonl":
+            raise UserError(f"{path}: not a run; name the folder of a run, or its metrics.jsonl")
         folder = path.parent if path.is_file() else path
         rows = read_metrics(path)
         if not rows:

@@ -203,6 +203,7 @@ def test_a_script_parses_its_own_command_line(monkeypatch: pytest.MonkeyPatch) -
         (["eval", "iq", "--seed", "1", "--seed=2"], "--seed: was given twice, as 1 and 2; leave one out"),
         (["train", "--backend", "ms", "--config", "telechat2-tny"], "did you mean 'telechat2-tiny'?"),
         (["--print-completion", "bsh"], "did you mean 'bash'?"),
+        (["--print-completion", "fish"], "give one of bash, zsh"),
     ],
 )
 def test_near_misses_get_a_hint(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:

@@ -83,6 +83,23 @@ def test_what_cannot_be_shown_is_named(tmp_path: Path) -> None:
     assert [run.label for run in twins] == ["1: a", "2: a"]
 
 
+def test_files_that_are_no_runs_and_formats_that_are_not_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = write_run(tmp_path / "a")
+    (tmp_path / "loss.png").write_bytes(b"\x89PNG")
+    for words, says in (
+        ([str(tmp_path / "loss.png")], "loss.png: not a run; name the folder of a run"),
+        ([str(run), "--out", str(tmp_path / "b.jpg")], "b.jpg: .png, .svg, .html are written, no .jpg"),
+    ):
+        assert cli.main(["plot", *words]) == 2
+        assert says in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "loss.png"]
+    assert cli.main(["plot", str(run), "--out", str(tmp_path / "lr-1.5")]) == 0
+    assert capsys.readouterr().out.startswith("1 run: ")
+    assert (tmp_path / "lr-1.5.png").is_file()
+
+
 def test_a_label_cannot_leave_its_place(tmp_path: Path) -> None:
     name = "<script>alert(1)</script>"
     run = read_runs([write_run(tmp_path / "a")])[0]
