@@ -146,6 +146,10 @@ class Parser(argparse.ArgumentParser):
         text = re.sub(r"\\\n +", "", f"{self.description}\n{self.epilog}")  # a line that "\" continues is one
         example = re.search(rf"^ +({self.prog} .*)$", text, re.MULTILINE)
         hint = f", e.g. `{example[1]}`" if example and " required" in message else ""
+        lone = re.fullmatch(r"argument (--[\w-]+)\S*: expected (one|at least one) argument", message)
+        action = self._option_string_actions.get(lone[1]) if lone else None
+        if action and action.choices:
+            hint = f", one of {', '.join(map(str, action.choices))}"
         raise UserError(f"{message}{hint}; see `{self.prog} --help`")
 
     def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]

@@ -204,6 +204,9 @@ def test_a_script_parses_its_own_command_line(monkeypatch: pytest.MonkeyPatch) -
         (["train", "--backend", "ms", "--config", "telechat2-tny"], "did you mean 'telechat2-tiny'?"),
         (["--print-completion", "bsh"], "did you mean 'bash'?"),
         (["--print-completion", "fish"], "give one of bash, zsh"),
+        (["data", "rows.jsonl", "--tokenizer", "t", "--out", "o", "--sft"], "expected one argument, one of plain, "),
+        (["train", "--backend"], "expected one argument, one of ms, pt; see"),
+        (["train", "--config"], "expected one argument; see"),
     ],
 )
 def test_near_misses_get_a_hint(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
