@@ -291,9 +291,12 @@ def is_bundled_name(spec: str | Path) -> bool:
 def bundled_file(spec: str | Path, kind: str, where: str) -> Path:
     """The file that ``spec`` stands for: a path itself, or a name in configs/``kind``; UserError if unknown."""
     if not is_bundled_name(spec):
-        if (Path(spec) / "run.yaml").is_file():
-            raise UserError(f"{where}: {spec} is a folder; the config of that run is {Path(spec) / 'run.yaml'}")
-        return Path(spec)
+        path = Path(spec)
+        if (path / "run.yaml").is_file():
+            raise UserError(f"{where}: {spec} is a folder; the config of that run is {path / 'run.yaml'}")
+        if not path.parent.is_dir() and path.parent.name == kind and path.stem in bundled_names(kind):
+            raise UserError(f"{where}: no such file {spec}; the bundled config goes by its name alone: {path.stem}")
+        return path
     names = bundled_names(kind)
     if str(spec) not in names:
         near = nearest_name(str(spec), names)

@@ -203,6 +203,7 @@ def test_a_script_parses_its_own_command_line(monkeypatch: pytest.MonkeyPatch) -
         (["eval", "iq", "--seed", "1", "--seed=2"], "--seed: was given twice, as 1 and 2; leave one out"),
         (["train", "--backend", "ms", "--config", "telechat2-tny"], "did you mean 'telechat2-tiny'?"),
         (["--print-completion", "bsh"], "did you mean 'bash'?"),
+        (["train", "--backend", "ms", "--config", "away/train/telechat2-tiny.yaml"], "name alone: telechat2-tiny"),
         (["--print-completion", "fish"], "give one of bash, zsh"),
         (["data", "rows.jsonl", "--tokenizer", "t", "--out", "o", "--sft"], "expected one argument, one of plain, "),
         (["train", "--backend"], "expected one argument, one of ms, pt; see"),
