@@ -138,7 +138,8 @@ class SentencePieceTokenizer:
         # Of little text the ids are there before the cuts are known.
         words = None if all(starts) and sum(map(len, texts)) < _LONG else self._words
         if words is None:
-            return [np.asarray(ids, np.int32) for ids in self._pieces.encode(list(texts))] if texts else []
+            found = self._pieces.encode([*texts], num_threads=1) if texts else []
+            return [np.asarray(ids, np.int32) for ids in found]
         prefix = " " if self._specs.adds_prefix else ""
         pairs = zip(texts, starts, strict=True)
         return words.encode([(prefix if start and text else "") + text for text, start in pairs])
@@ -237,7 +238,10 @@ class SentencePieceTokenizer:
     @functools.cached_property
     def _words(self) -> Words | None:
         """Encodes word by word; None for a model without exact cuts."""
-        return None if self._cutter is None else Words(self._cutter, self._inner.encode)
+        if self._cutter is None:
+            return None
+        # Unless told, SentencePiece starts as many threads for every batch as the machine has processors.
+        return Words(self._cutter, functools.partial(self._inner.encode, num_threads=1))
 
     def _joined(self, ids: list[int]) -> str:
         out, segment, after_special = "", [], False

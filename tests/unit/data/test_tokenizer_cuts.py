@@ -37,6 +37,24 @@ def trained(folder: Path, name: str, **options: object) -> Path:
     return path
 
 
+def test_a_process_encodes_with_one_thread(monkeypatch):
+    """The library starts a thread a processor for every batch unless told: those of several processes displace each
+    other."""
+    asked = []
+    encode = sentencepiece.SentencePieceProcessor.encode
+
+    def noted(self: sentencepiece.SentencePieceProcessor, text: object, **options: object) -> object:
+        if not isinstance(text, str):
+            asked.append(options.get("num_threads"))
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "encode", noted)
+    tokenizer = load_tokenizer(tiny_tokenizer_path(), "chat")
+    tokenizer.encode_batch(["short", "two"])
+    tokenizer.encode_batch(["The unusually long words of a text. " * 400])
+    assert len(asked) >= 2 and {*asked} == {1}
+
+
 def long_texts(seed: int, count: int, size: int) -> list[str]:
     """Real sentences, pieces that are hard to cut, and random characters of many scripts, mixed."""
     rng = random.Random(seed)
