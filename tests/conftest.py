@@ -13,10 +13,12 @@ from hypothesis import settings
 # a framework is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# A shell starts jobs in the background with Ctrl-C ignored, which every process started from there inherits; tests of
-# interrupts send it.
+# A shell starts jobs in the background with Ctrl-C ignored, and nohup ignores the hangup, too; every process started from
+# there inherits that. Tests of interrupts send both.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 # The same examples in every run: a failure can be repeated, and a slow machine is not a failure.
 settings.register_profile("house", deadline=None, derandomize=True, max_examples=50)

@@ -261,12 +261,14 @@ def test_the_commands_of_the_page_run(
             stage.setdefault("optim", {}).update(warmup_steps=0, rewarmup_steps=1)
         path.write_text(yaml.safe_dump(tree))
     for command in docs.commands(ROOT, "docs/growth.md"):
+        words = [*command.words]
         more: list[str] = []
         if "train" in command.words:
             more = [*shorter, *([] if "--growth" in command.words else ["train.steps=4", "optim.rewarmup_steps=1"])]
         elif "parity" in command.words:
-            more = ["--set", "train.global_batch=2", "train.micro_batch=2", "data.seq_len=64", "--steps", "2"]
-        code = docs.run(replace(command, words=(*command.words, *more)), monkeypatch)
+            more = ["--set", "train.global_batch=2", "train.micro_batch=2", "data.seq_len=64"]
+            words[words.index("--steps") + 1] = "2"
+        code = docs.run(replace(command, words=(*words, *more)), monkeypatch)
         assert code == 0, f"{command.where}: {command.text}\n{capsys.readouterr()}"
     assert read_metrics(Path("runs/large"))[0]["mask"] == 0.0
     assert len(read_metrics(Path("runs/flm"))) == 4

@@ -130,7 +130,7 @@ def test_weights_and_reference_follow_rows_and_splits() -> None:
 
 def test_what_does_not_fit_together_is_refused(tmp_path: Path) -> None:
     pairs, rows = str(write_pairs(tmp_path / "p", VOCAB, LENGTH)), str(write_packed(tmp_path / "s", VOCAB, LENGTH, 9))
-    with pytest.raises(UserError, match=r"data.sources\[1\]: .* is of kind 'sft' and .* of kind 'preference'"):
+    with pytest.raises(UserError, match=r"data.sources\[1\].path: .* is of kind 'sft' and .* of kind 'preference'"):
         blend(config({"path": pairs}, {"path": rows}))
     dpo = {"preference": {"beta": 0.1}}
     with pytest.raises(UserError, match="preference: needs pairs, and data.sources.0. .* is of kind 'sft'"):
