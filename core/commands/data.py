@@ -62,7 +62,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--force", action="store_true", help="replace an existing packed folder")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="tokenizing processes for texts")
+    parser.add_argument(
+        "--threads", type=int, metavar="N", help="tokenizing processes for texts (default: one for each core)"
+    )
     _add_row_options(parser)
 
 
@@ -225,7 +227,7 @@ def _pack_text(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading)
         tokenizer,
         add_bos=args.bos,
         text_key=args.text_key,
-        threads=args.threads,
+        threads=args.threads or len(os.sched_getaffinity(0)),
         reading=reading,
         encoding=args.encoding,
         force=args.force,
@@ -337,7 +339,7 @@ def _check(args: argparse.Namespace) -> None:
                 f"--{name}: missing; packing needs --tokenizer and --out (or --verify, --show for a packed folder)"
             )
     check_encoding(args.encoding)
-    if args.threads < 1:
+    if args.threads is not None and args.threads < 1:
         raise UserError(f"--threads: must be at least 1, found {args.threads}")
     given = [f"--{name}" for name in ("sft", "preference", "teacher") if getattr(args, name)]
     if len(given) > 1:

@@ -52,7 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="write characters without a piece as their bytes, so that every text comes back (on); without, as <_unk>",
     )
     train.add_argument("--max-bytes", type=int, default=1 << 28, help="text to train on at most; it is kept in memory")
-    train.add_argument("--threads", type=int, default=1)
+    train.add_argument(
+        "--threads", type=int, default=1, metavar="N", help="threads that train (1); the tokenizer is the same with any"
+    )
     train.add_argument(
         "--ignore-key", action="append", default=[], metavar="NAME", help="leave this key of dialogue rows out"
     )
