@@ -1,6 +1,6 @@
 #!/bin/bash
-# lm-eval's clients of servers do not send a task's stop strings as they are: four at most to a chat, and with or without
-# the end of text depending on the number of concurrent requests.
+# lm-eval's API clients do not send a task's stop strings as they are: at most four to a chat, and with or without the
+# end-of-text string depending on the number of concurrent requests.
 #
 # Version:      lm_eval 0.4.13 with aiohttp 3.14.5, CPython 3.11, x86-64.
 # Likely guess: the `until` of a task arrives at the server as its `stop`, and num_concurrent changes only the speed.

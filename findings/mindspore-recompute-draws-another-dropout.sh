@@ -1,5 +1,5 @@
 #!/bin/bash
-# MindSpore's recompute draws dropout anew on the way back (CPU): the gradient belongs to another mask than the loss.
+# MindSpore's recompute draws a new dropout mask in the backward pass (CPU): the gradient belongs to another mask than the loss.
 #
 # Version:      mindspore 2.9.0, CPython 3.11, x86-64, CPU, PyNative mode.
 # Likely guess: ms.recompute(cell, x) gives the gradient that cell(x) gives: it keeps the state of the random generator
@@ -9,8 +9,8 @@
 #               The second forward pass has a mask of its own, and so have the gradients. Cell.recompute() does the same, but
 #               for nn.Dropout after a set_seed; its documentation says of randomization that "the equivalence is not
 #               guaranteed", that of ms.recompute does not.
-# Matters:      with dropout 0.1 nearly every activation that one of the two masks drops is kept by the other: gradients
-#               with much noise in them, a loss that falls more slowly, and nothing is reported.
+# Matters:      with dropout 0.1 nearly every activation that one of the two masks drops is kept by the other: the gradients
+#               are noisy, the loss falls more slowly, and nothing is reported.
 # Seen:         share of 10,000 elements whose gradient has the mask of the output, dropout 0.5: without recompute 1.00,
 #               ms.recompute 0.50, for nn.Dropout and ops.dropout alike; Cell.recompute with ops.dropout 0.50
 #

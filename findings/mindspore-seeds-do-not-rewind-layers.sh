@@ -1,13 +1,13 @@
 #!/bin/bash
-# MindSpore's set_seed does not set back what has been drawn from once: an nn.Dropout, or a function under ms.jit, goes on where
-# it stood. ms.manual_seed sets nothing back at all on the CPU.
+# MindSpore's set_seed does not rewind what has been drawn from already: an nn.Dropout layer, or a function under ms.jit, goes
+# on where it was. ms.manual_seed rewinds nothing at all on the CPU.
 #
 # Version:      mindspore 2.9.0, CPython 3.11, x86-64, CPU.
 # Likely guess: what is computed after set_seed(3) is the same each time, as after torch.manual_seed(3): its documentation says
 #               that calling it again resets the counters that seeds of operators are made of. manual_seed and get_rng_state
 #               are there for those who come from torch.
 # Behaviour:    ops.dropout in PyNative mode follows set_seed. A layer and a compiled function hold a generator of their own,
-#               seeded when they are made or first run: the first run of the process is repeatable, nothing in it is. A layer
+#               seeded when they are made or first run: another process draws the same, this one never again. A layer
 #               made before set_seed and one made after it differ. manual_seed, and set_rng_state with what get_rng_state
 #               gave, change nothing for any of them, and report nothing.
 # Matters:      two runs compared within one process (resumed and not, two layouts, with and without a change) have other

@@ -9,7 +9,7 @@
 #               starts one. decode of a list of lists does the same. Only a single text stays in the calling thread.
 # Matters:      N processes on N cores have N x N threads that displace each other: two runs of a program that prepares data,
 #               at once on the two cores of an AMD EPYC, did 1.75 times the work of one, and with num_threads=1 1.95. The
-#               "one process" of a comparison has been using all cores, too, so the others look as if they did not scale.
+#               "one process" of a comparison uses all cores, too, so that more processes look as if they did not scale.
 # Seen (2 processors, 10 calls): default 20 threads started, num_threads=1 10, num_threads=4 40, decode 20, single texts 0
 #
 # Exits with 1 if this changes.
