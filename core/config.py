@@ -359,11 +359,12 @@ def _refuse_blanks(file: Path, overrides: Sequence[str]) -> None:
 
 @contextmanager
 def naming_lines(path: str | Path, overrides: Sequence[str] = ()) -> Iterator[None]:
-    """Put the file, and the line, in front of an error that begins with a key of a run, as in the YAML ``path``."""
+    """Put the file, and the line, in front of an error that begins with a key of a run, as in the YAML ``path``; not of
+    one that begins with another file's path, such as "data/tiny: ..."."""
     try:
         yield
     except UserError as error:
-        first = re.match(r"\w*", str(error))
+        first = re.match(r"\w+(?![\w/-])", str(error))
         if first is None or first[0] not in {"config", *(field.name for field in dataclasses.fields(RunConfig))}:
             raise
         raise UserError(in_file(str(error), bundled_file(path, "train", "--config"), overrides)) from None

@@ -125,14 +125,18 @@ def parse_yaml(text: str, where: str, lines: bool = False) -> YamlValue:
 
 def in_file(message: str, path: str | Path, overrides: Sequence[str] = ()) -> str:
     """A message of ``from_mapping`` with "file:line" of the key that it names in front; with the file alone for a key
-    that is not there, and as it is for one that an override ("a.b=value") sets."""
+    that is not there, or a file that can no longer be read, as after hours of training; and as it is for one that an
+    override ("a.b=value") sets."""
     found = _NAMED.match(message)
     words = _WORDS.findall(found[1]) if found and found[1] != "config" else []
     words += [found[2]] if found and found[2] else []
     given = [_WORDS.findall(override.partition("=")[0]) for override in overrides]
     if any(key == words[: len(key)] or words == key[: len(words)] for key in given):
         return message
-    node, line = yaml.compose(read_text(path, MAX_YAML), Loader=_Loader), ""
+    try:
+        node, line = yaml.compose(read_text(path, MAX_YAML), Loader=_Loader), ""
+    except (UserError, yaml.YAMLError):
+        return f"{path}: {message}"
     for word in words:
         if isinstance(node, yaml.MappingNode):
             pairs = [(key, value) for key, value in node.value if key.value == word]

@@ -91,6 +91,8 @@ def test_what_is_found_later_has_its_line_too(tmp_path: Path) -> None:
         ("train.freeze[0]: 'x' matches nothing", f"{file}:6: train.freeze[0]"),
         ("packed/meta.json: broken", "packed/meta.json: broken"),
     ):
+        ("data/packed/tokens.bin: broken", "data/packed/tokens.bin: broken"),
+        ("model-00001.safetensors: broken", "model-00001.safetensors: broken"),
         with pytest.raises(UserError) as error, naming_lines(file):
             raise UserError(message)
         assert str(error.value).startswith(begins)
@@ -98,6 +100,12 @@ def test_what_is_found_later_has_its_line_too(tmp_path: Path) -> None:
         raise UserError("data.sources[0].path: y: no such packed folder")
     assert str(error.value).startswith("data.sources[0].path: y")
 
+    # The run's own error outlives a file that was changed or taken away while it ran.
+    for change in (lambda: file.write_text("data: ["), file.unlink):
+        change()
+        with pytest.raises(UserError) as error, naming_lines(file):
+            raise UserError("data.sources[0].path: packed: changed")
+        assert str(error.value) == f"{file}: data.sources[0].path: packed: changed"
 
 def test_a_slip_in_a_models_own_file_has_that_files_line(tmp_path: Path) -> None:
     own, file = tmp_path / "own.yaml", tmp_path / "run.yaml"
