@@ -13,6 +13,7 @@ _TAB_INDENT = re.compile(r"^ *\t")
 _WIDE_COLON = re.compile(rf"{_START}({_KEY})\s*[：﹕∶]")
 _EQUALS = re.compile(rf"{_START}({_KEY})\s*=\s*(\S.*)?$")
 _NO_SPACE = re.compile(rf"{_START}({_KEY}):(?!//)[^\s:]")
+_QUOTED = re.compile(r""""[^"]*"|'[^']*'""")
 _TAB = re.compile(rf"{_START}{_KEY}:\t")
 # The parser's words -> ours, where no line shows a slip of its own.
 _SAID = {
@@ -57,7 +58,7 @@ def slip(line: str) -> str | None:
         return "indented by a tab; YAML takes spaces alone"
     if found := _WIDE_COLON.match(bare):
         return f"the colon behind '{found[1]}' is a wide one (中文冒号); write '{found[1]}: '"
-    for char in bare:
+    for char in _QUOTED.sub("", bare):
         if char != " " and unicodedata.category(char) == "Zs":
             return f"U+{ord(char):04X}, which looks like a space and is none; type it again"
     if found := _EQUALS.match(bare):

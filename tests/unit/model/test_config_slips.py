@@ -46,6 +46,7 @@ SLIPS = [
     ("min_lr: 3e-4\n", "min_lr: 3e-4\nlora:\n", 14, "lora: nothing stands behind it"),
     ("micro_batch: 4", "micro_batch: 4\n  lora: {rank: 4}", 10, "a section of its own"),
     ("  lr: 3e-3\n  min_lr: 3e-4", "  lr = 3e-3", 11, "write 'lr: 3e-3'"),
+    ("path: packed\n  seq_len: 128", 'path: "a\u3000b"\n  seq_len 128', 6, "not valid YAML"),
     ("steps: 300", "optim.lr: 1e-3", 7, "write 'lr' in the section 'optim'"),
     ("min_lr: 3e-4\n", "min_lr: 3e-4\nparallel: {TP: 2}\n", 14, "did you mean 'tp'?"),
     ("model: telechat2-tiny", "model: {name: telechat2-tiny}", 1, "did you mean 'preset'?"),
@@ -90,22 +91,22 @@ def test_what_is_found_later_has_its_line_too(tmp_path: Path) -> None:
         ("data.sources[0].path: packed: no such packed folder", f"{file}:4: data.sources[0].path"),
         ("train.freeze[0]: 'x' matches nothing", f"{file}:6: train.freeze[0]"),
         ("packed/meta.json: broken", "packed/meta.json: broken"),
-    ):
         ("data/packed/tokens.bin: broken", "data/packed/tokens.bin: broken"),
         ("model-00001.safetensors: broken", "model-00001.safetensors: broken"),
+    ):
         with pytest.raises(UserError) as error, naming_lines(file):
             raise UserError(message)
         assert str(error.value).startswith(begins)
     with pytest.raises(UserError) as error, naming_lines(file, ["data.sources=[{path: y}]"]):
         raise UserError("data.sources[0].path: y: no such packed folder")
     assert str(error.value).startswith("data.sources[0].path: y")
-
     # The run's own error outlives a file that was changed or taken away while it ran.
     for change in (lambda: file.write_text("data: ["), file.unlink):
         change()
         with pytest.raises(UserError) as error, naming_lines(file):
             raise UserError("data.sources[0].path: packed: changed")
         assert str(error.value) == f"{file}: data.sources[0].path: packed: changed"
+
 
 def test_a_slip_in_a_models_own_file_has_that_files_line(tmp_path: Path) -> None:
     own, file = tmp_path / "own.yaml", tmp_path / "run.yaml"
