@@ -122,20 +122,27 @@ def nearest(word: object, known: Iterable[str], cutoff: float = 0.6) -> str | No
     return found[0] if found else None
 
 
+_FOR_TESTS = ("tiny", "mup")  # parts of the names of models that nobody deploys
+_PREFIX = 3  # letters of a word, at least, of which a name's beginning is found
+
+
 def nearest_name(word: object, known: Sequence[str], cutoff: float = 0.6) -> str | None:
     """``nearest`` among names that are made of parts, such as those of models and machines: "115b" means a name with
     that part, and no other size that is spelt alike.
 
-    Of several names with all parts of ``word``, the one with the fewest others, then the one of the commonest family:
-    whose other parts most names have.
+    Of several names with all parts of ``word``, the one with the fewest others, then one that is no model for tests,
+    then the one of the commonest family: whose other parts most names have. Where none has them, the same of names that
+    begin with ``word``.
     """
     wanted, parts = _parts(str(word)), {name: _parts(name) for name in known}
     common = Counter(part for found in parts.values() for part in found)
     having = [name for name in known if wanted and wanted <= parts[name]]
+    if not having and len(str(word)) >= _PREFIX:
+        having = [name for name in known if _bare(name).startswith(_bare(str(word)))]
 
-    def order(name: str) -> tuple[int, int]:
+    def order(name: str) -> tuple[int, bool, int]:
         others = parts[name] - wanted
-        return len(others), -sum(common[part] for part in others)
+        return len(others), not others.isdisjoint(_FOR_TESTS), -sum(common[part] for part in others)
 
     return min(having, key=order) if having else nearest(word, known, cutoff)
 

@@ -197,6 +197,7 @@ def test_a_script_parses_its_own_command_line(monkeypatch: pytest.MonkeyPatch) -
         (["plan", "--model", "telechat-7b"], "did you mean 'telechat2-7b'?"),
         (["plan", "--model", "115b"], "did you mean 'telechat2-115b'?"),
         (["plan", "--model", "1T"], "did you mean 'teleflm-1t'?"),
+        (["plan", "--model", "telechat3"], "did you mean 'telechat3-36b'?"),
         (["plan", "--config", "7b"], "did you mean 'telechat2-7b'?"),
         (["plan", "--model", "telechat2-7b", "--machine", "h100"], "did you mean 'h100-sxm'?"),
         (["plan", "--model", "telechat2-7b", "--layout", "tp2", "--layout", "pp2"], "twice, as 'tp2' and 'pp2'"),
@@ -239,7 +240,10 @@ def test_names_are_found_by_their_parts() -> None:
     assert nearest_name("7b", sizes) == "family-7b"
     assert nearest_name("lora_7B", sizes) == "family-7b-lora"
     assert nearest_name("famly-35b", sizes) == "family-35b"
-    assert nearest_name("", sizes) is nearest_name("9x", sizes) is None
+    assert nearest_name("", sizes) is nearest_name("9x", sizes) is nearest_name("fa", sizes) is None
+    tests = ["family-tiny", "other-tiny", "family-35b", "family2.5-tiny", "family2.5-35b"]
+    assert nearest_name("family", tests) == "family-35b" and nearest_name("Family2", tests) == "family2.5-35b"
+    assert nearest_name("tiny", tests) == "family-tiny"
 
 
 def test_completion_knows_every_verb(monkeypatch: pytest.MonkeyPatch) -> None:
