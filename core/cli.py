@@ -107,7 +107,7 @@ _GIVEN = " given"  # name in a namespace, which no option can have: the values o
 
 
 class _Once(argparse._StoreAction):
-    """argparse's "store", which keeps the last of several values in silence, for options with one value."""
+    """argparse's "store", which keeps the last of several values in silence; here a second, other value is an error."""
 
     def __call__(
         self,
@@ -121,9 +121,10 @@ class _Once(argparse._StoreAction):
             if self.dest not in given:
                 given[self.dest] = values
             elif given[self.dest] != values:
+                way_out = "leave one out" if self.nargs is None else f"write what is meant behind one {option_string}"
                 parser.error(
                     f"argument {option_string}: was given twice, as {_words(given[self.dest])} and {_words(values)}; "
-                    "leave one out"
+                    f"{way_out}"
                 )
         super().__call__(parser, namespace, values, option_string)  # type: ignore[arg-type]
 

@@ -231,7 +231,7 @@ def test_no_option_replaces_an_earlier_one() -> None:
     parser.epilog = None
     parser.add_argument("--a", nargs="+")
     assert vars(parser.parse_args(["--a", "1", "2", "--a", "1", "2"])) == {"a": ["1", "2"]}
-    with pytest.raises(UserError, match="--a: was given twice, as '1' '2' and '3'"):
+    with pytest.raises(UserError, match="--a: was given twice, as '1' '2' and '3'; write what is meant .* one --a"):
         parser.parse_args(["--a", "1", "2", "--a", "3"])
 
 
