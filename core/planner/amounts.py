@@ -7,11 +7,15 @@ import re
 
 _FACTORS = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "g": 10**9, "t": 10**12}
 _FACTORS |= {"thousand": 10**3, "million": 10**6, "billion": 10**9, "trillion": 10**12}
-_AMOUNT = re.compile(r"([+-]?(?:\d[\d_,]*(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?) ?([a-z]*)", re.IGNORECASE)
+_WHOLE = r"(?:\d{1,3}(?:,\d{3})+|\d[\d_]*)"
+_AMOUNT = re.compile(rf"([+-]?(?:{_WHOLE}(?:\.\d*)?|\.\d+)(?:e[+-]?\d+)?) ?([a-z]*)", re.IGNORECASE)
 
 
 def amount(text: str) -> float:
-    """A number with an optional decimal suffix or word: K, M, B or G, T. ArgumentTypeError for anything else."""
+    """A number with an optional decimal suffix or word (K, M, B or G, T), and commas between thousands alone.
+
+    ArgumentTypeError for anything else, such as "1,5T".
+    """
     found = _AMOUNT.fullmatch(text.strip())
     unit = found[2].lower() if found else ""
     if found is None or unit not in _FACTORS:

@@ -16,7 +16,7 @@ from telechat_twins.core.planner.amounts import amount, whole
 def test_amounts() -> None:
     wanted = {"2e12": 2e12, "2T": 2e12, "1.5b": 1.5e9, "10 trillion": 1e13, "3,000": 3000.0, ".5 G": 5e8, "1_0k": 1e4}
     assert {text: amount(text) for text in wanted} == pytest.approx(wanted)
-    for text in ("", "T", "ten", "1e", "nan", "inf", "1 quadrillion", "1T2"):
+    for text in ("", "T", "ten", "1e", "nan", "inf", "1 quadrillion", "1T2", "1,5T", "1,00", "1,0000"):
         with pytest.raises(argparse.ArgumentTypeError, match="such as 2e12, 2T"):
             amount(text)
     assert whole("-3") == -3
