@@ -204,7 +204,7 @@ def _chunk_kept(
         lists, sizes = work.lists, 0.0
         for layer in layers:
             found = lists.kept(chunk, rank, layer, kept)
-            sizes += total(found) + extra if found else entry  # already divided with sequence parallelism
+            sizes += total(found) + extra if found else entry / lists.slices
         return sizes
     if work.recompute == "full":
         return len(layers) * entry

@@ -44,12 +44,15 @@ Counts = list[list[int]]  # of each chunk and pipeline rank: how many of its lay
 
 @dataclass(frozen=True)
 class RecomputeLists:
-    """MindFormers' section, resolved for a layout: counts of layers for whole recomputation and for each pattern."""
+    """MindFormers' section, resolved for a layout: counts of layers for whole recomputation and for each pattern.
+
+    ``slices``: into how many parts the input of a wholly recomputed layer is divided, beyond sequence parallelism.
+    """
 
     full: Counts
     operators: dict[str, Counts]
     communication: dict[str, Counts]
-    slice_activation: bool
+    slices: int
 
     def kept(self, chunk: int, rank: int, layer: int, kept: Sequence[Kept]) -> list[Kept]:
         """What layer ``layer`` of a rank's chunk keeps, of the tensors ``kept`` without recomputation."""
@@ -111,11 +114,14 @@ def resolve(section: JsonObject, layout: Layout, layers: Sequence[int], where: s
                 re.compile(pattern)
             except re.error as error:
                 raise UserError(f"{where}.{key}: {shown(pattern)} is not a regular expression: {error}") from None
+    sliced = section.get("recompute_slice_activation", False)
+    if not isinstance(sliced, bool):
+        raise UserError(f"{where}.recompute_slice_activation: expected true or false, found {shown(sliced)}")
     return RecomputeLists(
         counts("recompute", section.get("recompute", False)),
         patterns("select_recompute", OPERATORS),
         patterns("select_comm_recompute", COMMUNICATION),
-        bool(section.get("recompute_slice_activation", False)),
+        layout.tp if sliced and not layout.sequence_parallel else 1,
     )
 
 

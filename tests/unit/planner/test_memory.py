@@ -127,9 +127,23 @@ def test_lists_of_layers_and_operators() -> None:
         ({"recompte": True}, "unknown"),
         ({"recompute": [1, 2, 3]}, "2 numbers"),
         ({"select_recompute": {"(": True}}, "regular"),
+        ({"recompute_slice_activation": 1}, "true or false"),
     ):
         with pytest.raises(UserError, match=word):
             resolve(section, layout, [2, 2, 2, 2], "R")
+
+
+def test_sliced_inputs_of_recomputed_layers() -> None:
+    """Each tensor rank keeps its part of them, as it does with sequence parallelism in any case."""
+
+    def kept(name: str, sliced: bool) -> int:
+        layout, section = parse_layout(name), {"recompute": True, "recompute_slice_activation": sliced}
+        lists = resolve(section, layout, [TINY.num_layers], "R")
+        return estimate.estimate(TINY, 64, layout=layout, lists=lists)["memory_bytes"]["activations"]
+
+    inputs = TINY.num_layers * 64 * TINY.hidden_size * Widths.of("bf16").residual
+    assert kept("tp2.nosp", False) - kept("tp2.nosp", True) == inputs / 2
+    assert kept("tp2", False) == kept("tp2", True)
 
 
 def page_rows(page: str) -> list[list[tuple[int, int]]]:
