@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from telechat_twins.core.files.pictures import save_picture
 from telechat_twins.core.mup.search import DONE, Numbers
 from telechat_twins.core.mup.search_report import TrialReport, ordered, over_seeds, varied, whole_widths
 from telechat_twins.core.train.metrics import Row, column
@@ -57,7 +58,7 @@ def _plot_losses(reports: Sequence[TrialReport], window: int, path: Path) -> Pat
     upper.legend(fontsize=7, title="best first" if len(reports) > 1 else None)
     for axis in (upper, lower):
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    save_picture(figure, path, 110)
     pyplot.close(figure)
     return path
 
@@ -87,7 +88,7 @@ def _plot_numbers(reports: Sequence[TrialReport], names: Sequence[str], path: Pa
         axis.set_xticks([], minor=True)
         axis.grid(alpha=0.3)
     axes[0][0].set_ylabel("loss")
-    figure.savefig(path, dpi=110)
+    save_picture(figure, path, 110)
     pyplot.close(figure)
     return path
 
@@ -115,6 +116,6 @@ def _plot_widths(widths: dict[Numbers, list[TrialReport]], window: int, path: Pa
         upper.legend(fontsize=8)
         for axis in (upper, lower):
             axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
+    save_picture(figure, path, 110)
     pyplot.close(figure)
     return path

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from telechat_twins.core.files.pictures import save_picture
 from telechat_twins.core.parity.envelope import COLUMNS, Envelope
 from telechat_twins.core.train.metrics import Row, column
 
@@ -45,6 +46,6 @@ def plot_envelope(
     axes[-1].set_xlabel("step")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3)
-    figure.savefig(path, dpi=110)
+    save_picture(figure, path, 110)
     pyplot.close(figure)
     return path

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from telechat_twins.core.files.pictures import save_picture
 from telechat_twins.core.parity.bounds import STRICT_STEPS, Bound, TraceReport
 from telechat_twins.core.parity.document.model import Curve, Limit, Plot
 from telechat_twins.core.train.metrics import Row, column
@@ -47,7 +48,7 @@ def plot_traces(runs: Mapping[str, Sequence[Row]], trace: TraceReport, path: Pat
     from matplotlib import pyplot
 
     figure = trace_figure(runs, trace)
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path, 120)
     pyplot.close(figure)
     return path
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from telechat_twins.core.files.pictures import save_picture
 from telechat_twins.core.planner.fit import FAMILIES, Fit
 from telechat_twins.core.planner.machine import load_machine
 from telechat_twins.core.planner.published import Forecast
@@ -78,4 +79,4 @@ def draw(path: Path, forecasts: Sequence[Forecast]) -> None:
     right.set_yticks(range(len(names)), names, fontsize=8)
     right.invert_yaxis()
     right.set_xlabel("error of the predicted throughput in %; open bars were fitted")
-    figure.savefig(path, dpi=110)
+    save_picture(figure, path, 110)

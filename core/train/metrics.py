@@ -12,14 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.files.atomic import new_file
 from telechat_twins.core.files.foreign import lines, open_regular, parse_json
+from telechat_twins.core.files.pictures import save_picture
 from telechat_twins.core.train.plots.fonts import any_script
 from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 Row = JsonObject
 
@@ -204,15 +203,9 @@ def plot_losses(
     axes[0].legend()
     axes[0].set_title(title)
     axes[-1].set_xlabel("step")
-    _save(figure, Path(path))
+    save_picture(figure, Path(path), 120)
     pyplot.close(figure)
     return Path(path)
-
-
-def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with new_file(path) as beside:  # a viewer of a live run never sees half a picture
-        figure.savefig(beside, dpi=120, format="png")
 
 
 def _plot_marks(axes: Sequence[Axes], marks: Mapping[int, str]) -> None:

@@ -14,6 +14,7 @@ from telechat_twins.core import backends
 from telechat_twins.core.config import load_run_config
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import writable_file, write_text
+from telechat_twins.core.files.pictures import save_picture
 from telechat_twins.core.mup.coordinates import (
     FLAT,
     GROUPS,
@@ -171,6 +172,6 @@ def plot(title: str, records: Sequence[WidthRecord], path: Path) -> Path:
     axes[0][0].set_ylabel("mean |x - x at the start|")
     figure.legend(*axes[0][0].get_legend_handles_labels(), loc="outside right center", fontsize=8)
     figure.suptitle(f"Coordinate check: {title}", fontsize=10)
-    figure.savefig(path, dpi=110)
+    save_picture(figure, path, 110)
     pyplot.close(figure)
     return path

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import writable_file, write_text
+from telechat_twins.core.files.pictures import save_picture
 from telechat_twins.core.mup.loss_prediction import LEAST_POINTS, LEVEL, Fit, Forecast, fit_law, forecast, weaknesses
 from telechat_twins.core.mup.loss_table import LossTable, read_loss_table
 from telechat_twins.core.types import JsonObject
@@ -199,6 +200,6 @@ def plot(table: LossTable, fit: Fit, forecasts: list[Forecast], poor: list[str],
     axis.set_title(table.title + (" (poor fit)" if poor else ""))
     axis.grid(alpha=0.3, which="both")
     axis.legend()
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path, 120)
     pyplot.close(figure)
     return path

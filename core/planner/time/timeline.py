@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from telechat_twins.core.files.atomic import write_text
+from telechat_twins.core.files.pictures import save_picture
 from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.planner.time.pipeline import spans
 from telechat_twins.core.planner.time.step import StepTime
@@ -115,4 +116,4 @@ def draw(path: Path, layout: Layout, work: Work, step: StepTime, title: str) -> 
     axes.set_title(title if layout.virtual == 1 else f"{title}; chunk 0 darkest", fontsize=11)
     handles = [Patch(color=COLOURS[name], label=name) for name in names]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(names), frameon=False)
-    figure.savefig(path, dpi=120)
+    save_picture(figure, path, 120)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from telechat_twins.core.files.atomic import new_file
+from telechat_twins.core.files.pictures import save_picture
 from telechat_twins.core.train.metrics import running_mean
 from telechat_twins.core.train.plots.fonts import any_script
 from telechat_twins.core.train.plots.series import Curve, Panel
@@ -53,8 +53,7 @@ def draw(panels: Sequence[Panel], title: str, x_label: str, marks: Mapping[float
     axes[0, 0].set_title(title)
     axes[-1, 0].set_xlabel(x_label)
     for path in paths:
-        with new_file(path) as beside:
-            figure.savefig(beside, dpi=120, format=path.suffix.removeprefix("."))
+        save_picture(figure, path, 120)
     pyplot.close(figure)
 
 
