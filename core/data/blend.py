@@ -141,7 +141,8 @@ class Blend:
         lines = []
         for source, weight, samples in zip(self.sources, self.weights, self.num_samples, strict=True):
             what = "pairs" if self.pairs else "samples"
-            lines.append(f"{source.path}: {float(weight):.4g} of {what}, {samples} {what} a pass ({source.kind})")
+            share = f"{100 * float(weight):.4g}% of the {what}"
+            lines.append(f"{source.path}: {share}, {samples:,} {what} a pass ({source.kind})")
             lines += [f"note: {note}" for note in source.notes]
         return "\n".join(lines)
 

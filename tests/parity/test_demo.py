@@ -69,7 +69,7 @@ def test_every_part_is_there(demo: Path) -> None:
 def test_every_message_names_paths_from_the_working_folder(demo: Path) -> None:
     printed = (demo / "printed.txt").read_text(encoding="utf-8")
     assert str(demo.parent) not in printed
-    for shown in ("out/packed/data: 1 of samples", "of out/hf (fingerprint", "checkpoint out/ms/step-00000012"):
+    for shown in ("out/packed/data: 100% of the samples", "of out/hf (fingerprint", "checkpoint out/ms/step-00000012"):
         assert shown in printed, shown
 
 
