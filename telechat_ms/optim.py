@@ -136,7 +136,7 @@ class AdamW:
         master, m, root = self.masters[number], self.m[number], ops.sqrt(self.v[number])
 
         def update(born: int) -> Tensor:
-            first, second = (Tensor(number, self.dtype) for number in corrections(self.config, self.step_count, born))
+            first, second = (Tensor(factor, self.dtype) for factor in corrections(self.config, self.step_count, born))
             return m * first / (root * second + Tensor(self.config.eps, self.dtype))
 
         taken = update(0)

@@ -3,9 +3,8 @@ of small models in processes beside it.
 
 What has to be told apart is measured apart. A model of two depths gives a block and the rest. A model so narrow that
 its operators have nothing to do gives the time of the host; cut by tp or by a ring, what these add to it; cut into few
-and many stages, what a stage adds. As many
-processes as there are cores run at once, since they share memory, caches and the clock's reserves; one alone with all
-cores tells how much faster a process is with more of them.
+and many stages, what a stage adds. As many processes as there are cores run at once, since they share memory, caches
+and the clock's reserves; one alone with all cores tells how much faster a process is with more of them.
 """
 
 from __future__ import annotations
