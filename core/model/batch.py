@@ -49,11 +49,11 @@ class Batch:
         )
 
 
-def head_blocks(rows: int, vocab_size: int, width: int) -> list[slice]:
+def head_blocks(rows: int, vocab_size: int, ffn_hidden_size: int) -> list[slice]:
     """Blocks of rows whose logits are computed together: about 2^21 numbers, or fewer where the last block's input of
-    ``ffn.down``, [rows, width], was smaller, so that they fit where it was freed; and at least 128 rows, so that the
-    head's matrix is not read and packed more often than its products hide."""
-    count = max(128, min(1 << 21, rows * width) // vocab_size)
+    ``ffn.down``, [rows, ffn_hidden_size], was smaller, so that they fit where it was freed; and at least 128 rows, so
+    that the head's matrix is not read and packed more often than its products hide."""
+    count = max(128, min(1 << 21, rows * ffn_hidden_size) // vocab_size)
     return [slice(first, min(first + count, rows)) for first in range(0, rows, count)]
 
 

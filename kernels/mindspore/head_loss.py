@@ -20,12 +20,12 @@ from telechat_twins.kernels.mindspore.private import Context, Function
 
 class FrozenHead(NamedTuple):
     """logits = multiplier * (x @ weight^T) + padding; weight [V, E] float32, padding [V] or None, both constants.
-    ``width`` F: columns of ffn.down's input in the block before."""
+    ``ffn_hidden_size`` F: columns of ffn.down's input in the block before."""
 
     weight: Tensor
     multiplier: float
     padding: Tensor | None
-    width: int
+    ffn_hidden_size: int
 
 
 def serves(head: FrozenHead) -> bool:
@@ -49,12 +49,12 @@ class FrozenHeadLoss(Function):
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, head: FrozenHead, targets: Tensor) -> Tensor:
-        weight, multiplier, padding, width = head
+        weight, multiplier, padding, ffn_hidden_size = head
         cpp, module = kernels.serving("linear", ms.float32), kernels.serving("cross_entropy", ms.float32)
         assert cpp is not None and module is not None  # ``serves``
         V, one, times = weight.shape[0], Tensor([1.0], ms.float32), Tensor(multiplier, ms.float32)
         losses, dxs = [], []
-        for part in head_blocks(x.shape[0], V, width):
+        for part in head_blocks(x.shape[0], V, ffn_hidden_size):
             logits = cpp.matmul(x[part], weight)
             logits = logits if multiplier == 1.0 else logits * times
             logits = logits if padding is None else logits + padding

@@ -19,12 +19,12 @@ from telechat_twins.kernels.pytorch import ops as kernels
 
 class FrozenHead(NamedTuple):
     """logits = multiplier * (x @ weight^T) + padding; weight [V, E] float32, padding [V] or None, both constants.
-    ``width`` F: columns of ffn.down's input in the block before."""
+    ``ffn_hidden_size`` F: columns of ffn.down's input in the block before."""
 
     weight: Tensor
     multiplier: float
     padding: Tensor | None
-    width: int
+    ffn_hidden_size: int
 
 
 def serves(head: FrozenHead) -> bool:
@@ -47,10 +47,10 @@ class FrozenHeadLoss(Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, x: Tensor, head: FrozenHead, targets: Tensor) -> Tensor:
-        weight, multiplier, padding, width = head
+        weight, multiplier, padding, ffn_hidden_size = head
         V, package = weight.shape[0], kernels.serving("cross_entropy", weight)
         losses, dx = x.new_empty(len(x)), torch.empty_like(x)
-        for part in head_blocks(len(x), V, width):
+        for part in head_blocks(len(x), V, ffn_hidden_size):
             logits = kernels.linear(x[part], weight, None, x.dtype)
             logits = logits if multiplier == 1.0 else logits.mul_(multiplier)
             logits = logits if padding is None else logits.add_(padding)
