@@ -209,10 +209,6 @@ class Worker:
         """Run ``count`` steps; {"seconds": [...], "loss": ...}."""
         return self.ask({"steps": count})
 
-    def other_steps(self, options: JsonObject, count: int) -> JsonObject:
-        """``steps`` of a new trainer, with other options than this worker was made with."""
-        return self.ask({"options": options, "steps": count})
-
     def phases(self, options: JsonObject, count: int) -> dict[str, list[float]]:
         """``timed_phases`` of a trainer with ``options``, which stays for later calls."""
         return self.ask({"phases": count, "options": options})
@@ -260,7 +256,7 @@ def serve(argv: Sequence[str], build: Callable[[str, RunConfig], Trainer]) -> in
         others: dict[str, tuple[PhasedTrainer, RunConfig]] = {}
 
         def handle(order: JsonObject) -> JsonObject:
-            nonlocal config, trainer, done
+            nonlocal done
             if "memory" in order:
                 device = getattr(trainer, "device_peak", lambda: 0)()
                 return {"imports": imports, "peak": largest_resident() - imports, "device": device}
@@ -271,9 +267,6 @@ def serve(argv: Sequence[str], build: Callable[[str, RunConfig], Trainer]) -> in
                     others[key] = cast("PhasedTrainer", build(argv[0], other)), other
                     timed_phases(*others[key], 1)
                 return timed_phases(*others[key], order["phases"])
-            if "options" in order:  # another model or batch from here on
-                config = bench_config(order["options"])
-                trainer, done = build(argv[0], config), 0
             seconds, loss = timed_steps(trainer, config, done, order["steps"])
             done += order["steps"]
             return {"seconds": seconds, "loss": loss}

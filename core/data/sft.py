@@ -226,30 +226,6 @@ def deepspeed_mask(ids: Sequence[int] | np.ndarray, tokenizer: Tokenizer, where:
     return mask
 
 
-def deepspeed_collate(
-    sequences: Sequence[Sequence[int]], tokenizer: Tokenizer, max_length: int
-) -> dict[str, np.ndarray]:
-    """A batch as the released collator makes it: right-padded to its longest sequence, at most ``max_length``.
-
-    Returns input_ids and labels int32, attention_mask and loss_mask uint8, each [number of non-empty sequences, width].
-    """
-    kept = [s for s in sequences if len(s)]
-    width = min(max((len(s) for s in kept), default=0), max_length)
-    shape = (len(kept), width)
-    out: dict[str, np.ndarray] = {
-        "input_ids": np.full(shape, tokenizer.pad_token_id, np.int32),
-        "attention_mask": np.zeros(shape, np.uint8),
-        "loss_mask": np.zeros(shape, np.uint8),
-    }
-    for row, sequence in enumerate(kept):
-        size = min(len(sequence), width)
-        out["input_ids"][row, :size] = sequence[:size]
-        out["attention_mask"][row, :size] = 1
-        out["loss_mask"][row, :size] = deepspeed_mask(sequence, tokenizer)[:size]
-    out["labels"] = out["input_ids"].copy()
-    return out
-
-
 # ---------------------------------------------------------------------------------------------------- mindformers
 
 

@@ -1,4 +1,4 @@
-"""Floating-point operations per token, and model FLOPs utilisation (MFU)."""
+"""Floating-point operations per token."""
 
 from __future__ import annotations
 
@@ -18,8 +18,3 @@ def flops_per_token(config: ModelConfig, seq_len: int, causal: bool = False) -> 
     matmul = config.num_layers * block + config.vocab_size * config.hidden_size
     attention = 12.0 * config.num_layers * config.num_heads * config.head_dim * seq_len
     return 6.0 * matmul + (attention / 2 if causal else attention)
-
-
-def model_flops_utilisation(config: ModelConfig, seq_len: int, tokens_per_s: float, peak_flops: float) -> float:
-    """MFU as a fraction: achieved model FLOP/s over the device's ``peak_flops`` (its FLOP/s in the precision used)."""
-    return tokens_per_s * flops_per_token(config, seq_len) / peak_flops

@@ -1,4 +1,4 @@
-"""Pipeline schedules as lists of actions per rank, with their messages, activation memory and idle time.
+"""Pipeline schedules as lists of actions per rank, with their activation memory and idle time.
 
 A model is cut into ``pp * virtual`` global stages; stage g lives on pipeline rank g % pp as its chunk g // pp. A rank
 executes its actions in order. Sends do not block; an action waits for its input. Both backends execute exactly these
@@ -55,24 +55,6 @@ def actions(schedule: str, pp: int, virtual: int, micro_batches: int, rank: int)
         plan += [forwards[ahead + k], backwards[k]]
     # Cool-down: the backwards of the last `ahead` forwards.
     return plan + backwards[total - ahead :]
-
-
-def incoming(kind: str, schedule: str, pp: int, virtual: int, micro_batches: int, rank: int) -> list[tuple[int, int]]:
-    """(micro, own chunk) of every message that ``rank`` receives over one link, in the order of sending.
-
-    ``kind`` "F": activations from the previous rank; "B": gradients from the next rank. Ranks form a ring, since the
-    last rank's chunk is followed by the first rank's next chunk. Messages carry no tag: they are matched by their order
-    on the link, which with these schedules is the order in which the receiver uses them.
-    """
-    _check(schedule, pp, virtual, micro_batches, rank)
-    step = {"F": 1, "B": -1}[kind]
-    sender = (rank - step) % pp
-    messages = []
-    for action in actions(schedule, pp, virtual, micro_batches, sender):
-        stage = action.chunk * pp + sender + step  # where the result goes; the ends of the pipeline send nothing
-        if action.kind == kind and 0 <= stage < pp * virtual and pp > 1:
-            messages.append((action.micro, stage // pp))
-    return messages
 
 
 def peak_live(schedule: str, pp: int, virtual: int, micro_batches: int, rank: int) -> int:

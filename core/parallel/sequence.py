@@ -301,16 +301,6 @@ def real_places(local: LocalBatch, seq_len: int) -> list[tuple[int, int, int]]:
     return runs
 
 
-def unsplit(pieces: Sequence[np.ndarray], indexes: Sequence[np.ndarray], seq_len: int) -> np.ndarray:
-    """Rows [B, seq_len, ...] from the pieces [B, s, ...] of all context-parallel ranks and their ``LocalBatch.index``:
-    the inverse of the split, padding dropped."""
-    batch, piece, *rest = pieces[0].shape
-    rows = np.empty((batch, piece * len(pieces), *rest), pieces[0].dtype)
-    for values, index in zip(pieces, indexes, strict=True):
-        rows[np.arange(batch)[:, None], index] = values
-    return rows[:, :seq_len]
-
-
 def _take(rows: np.ndarray, places: np.ndarray) -> np.ndarray:
     """rows [B, S] at places [B or 1, s] -> [B, s]."""
     if len(places) == 1:

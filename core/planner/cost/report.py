@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.flops import flops_per_token
-from telechat_twins.core.planner.cost.accounting import Trained, by_language, cost
+from telechat_twins.core.planner.cost.accounting import ZETTA, Trained, by_language, cost
 from telechat_twins.core.planner.cost.laws import budget
 from telechat_twins.core.types import JsonObject
 
@@ -58,15 +58,15 @@ def _cost_lines(found: JsonObject) -> list[str]:
     lines = [
         "",
         f"cost of {found['tokens']:.4g} tokens in zettaFLOPs",
-        f"  {paper['middle'] / 1e21:>10.2f} (+-{paper['half_width'] / 1e21:.2f}) by FLM-101B's formula, between no "
+        f"  {paper['middle'] / ZETTA:>10.2f} (+-{paper['half_width'] / ZETTA:.2f}) by FLM-101B's formula, between no "
         "and full recomputation",
-        f"  {found['six_n_d'] / 1e21:>10.2f} as 6 x parameters x tokens",
-        f"  {found['counted'] / 1e21:>10.2f} counted: products of this model and causal attention, "
+        f"  {found['six_n_d'] / ZETTA:>10.2f} as 6 x parameters x tokens",
+        f"  {found['counted'] / ZETTA:>10.2f} counted: products of this model and causal attention, "
         "without recomputation",
     ]
     for language, flops in found.get("languages", {}).items():
         share = flops / found["six_n_d"]
-        lines.append(f"  {flops / 1e21:>10.2f} of 6 x parameters x tokens in {language}, {share:.1%} of the shares")
+        lines.append(f"  {flops / ZETTA:>10.2f} of 6 x parameters x tokens in {language}, {share:.1%} of the shares")
     return lines
 
 

@@ -1,7 +1,7 @@
 """Messages of a step as the forecast counts them, from the formulas of core.parallel.traffic.
 
 core.parallel.traffic.expected_traffic is the definition for a whole rank; here are its parts, which the forecast turns
-into seconds one by one, and their sum, which a test holds equal to it.
+into seconds one by one. A test holds their sum equal to it.
 """
 
 from __future__ import annotations
@@ -9,19 +9,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from telechat_twins.core.model.config import ModelConfig
-from telechat_twins.core.parallel.layout import Layout, stage_layers
+from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.parallel.traffic import (
     Traffic,
     ends_bytes,
     gather_bytes,
-    pipeline_bytes,
     ring_bytes,
     tensor_bytes,
     ulysses_bytes,
 )
-from telechat_twins.core.planner.time.gradients import held
 from telechat_twins.core.planner.time.operators import Shape
-from telechat_twins.core.planner.time.work import OURS, Work
+from telechat_twins.core.planner.time.work import Work
 
 
 class BlockTraffic(NamedTuple):
@@ -58,26 +56,3 @@ def ends_traffic(model: ModelConfig, layout: Layout, shape: Shape, stage: int) -
 def message_bytes(model: ModelConfig, shape: Shape) -> int:
     """Bytes of the stream of a micro-batch between two stages, on one rank."""
     return shape.tokens // shape.spread * model.hidden_size * shape.widths.residual
-
-
-def step_traffic(model: ModelConfig, layout: Layout, work: Work, rank: int) -> Traffic:
-    """Messages of ``rank`` in a step without recomputation."""
-    shape, coord = Shape.of(model, layout, work, OURS), layout.coord(rank)
-    place = coord.pp
-    block = block_traffic(model, layout, work, shape)
-    total: Traffic = {}
-    counts = [len(layers) for layers in stage_layers(layout, model)]
-    for stage in range(place, layout.stages, layout.pp):
-        for part in (block.tensor, block.ulysses, block.ring):
-            _add(total, part, counts[stage] * work.micro_batches)
-        _add(total, ends_traffic(model, layout, shape, stage), work.micro_batches)
-    _add(total, pipeline_bytes(layout, work.micro_batches, place, message_bytes(model, shape)), 1)
-    _add(total, held(model, layout, counts, place, work.precision, work.by_class, coord.tp).traffic, 1)
-    return total
-
-
-def _add(total: Traffic, more: Traffic, times: int) -> None:
-    for key, (calls, payload) in more.items():
-        row = total.setdefault(key, [0, 0])
-        row[0] += calls * times
-        row[1] += payload * times

@@ -15,7 +15,6 @@ from telechat_twins.core.data.dialogues import Dialogue, parse_dialogue
 from telechat_twins.core.data.packing.dialogue_file import DialogueFile
 from telechat_twins.core.data.sft import (
     Counts,
-    deepspeed_collate,
     deepspeed_mask,
     deepspeed_sequences,
     encode_dialogue,
@@ -122,6 +121,23 @@ def test_bad_messages(messages, says):
 # ---- DeepSpeed
 
 
+def collated(sequences, tokenizer, max_length):
+    """A batch as the released collator makes it: right-padded to its longest sequence, at most ``max_length``.
+
+    Returns input_ids int32, attention_mask and loss_mask uint8, each [number of non-empty sequences, width].
+    """
+    kept = [s for s in sequences if len(s)]
+    width = min(max(map(len, kept), default=0), max_length)
+    out = {name: np.zeros((len(kept), width), np.uint8) for name in ("attention_mask", "loss_mask")}
+    out["input_ids"] = np.full((len(kept), width), tokenizer.pad_token_id, np.int32)
+    for row, sequence in enumerate(kept):
+        size = min(len(sequence), width)
+        out["input_ids"][row, :size] = sequence[:size]
+        out["attention_mask"][row, :size] = 1
+        out["loss_mask"][row, :size] = deepspeed_mask(sequence, tokenizer)[:size]
+    return out
+
+
 def golden_rows(path):
     """The rows of the goldens, which name their origin in keys of their own."""
     return DialogueFile([path], ignore=("_from", "_row"))
@@ -139,7 +155,7 @@ def test_deepspeed_equals_the_released_pipeline(length, template):
     assert sum(sequences, []) == golden[f"{name}.input_ids_flat"].tolist()
     checked = 0
     for first in range(0, len(sequences), 2):
-        batch = deepspeed_collate(sequences[first : first + 2], tokenizer, length)
+        batch = collated(sequences[first : first + 2], tokenizer, length)
         for key in ("input_ids", "attention_mask", "loss_mask"):
             np.testing.assert_array_equal(batch[key], golden[f"{name}.batch{first // 2}.{key}"])
             checked += 1

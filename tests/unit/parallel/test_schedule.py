@@ -13,7 +13,6 @@ from telechat_twins.core.parallel.schedule import (
     actions,
     bubble,
     bubble_formula,
-    incoming,
     peak_live,
     play,
     simulate,
@@ -66,6 +65,22 @@ def deliver(plans, virtual, links):
     assert position == [len(plan) for plan in plans], "somebody waits for ever"
     assert not any(wires.values()) and not any(mailbox.values()) and not any(expected.values())
     return most
+
+
+def incoming(kind, schedule, pp, virtual, micro_batches, rank):
+    """(micro, own chunk) of every message that ``rank`` receives over one link, in the order of sending.
+
+    ``kind`` "F": activations from the previous rank; "B": gradients from the next rank. Ranks form a ring, since the
+    last rank's chunk is followed by the first rank's next chunk.
+    """
+    step = {"F": 1, "B": -1}[kind]
+    sender = (rank - step) % pp
+    messages = []
+    for action in actions(schedule, pp, virtual, micro_batches, sender):
+        stage = action.chunk * pp + sender + step  # where the result goes; the ends of the pipeline send nothing
+        if action.kind == kind and 0 <= stage < pp * virtual and pp > 1:
+            messages.append((action.micro, stage // pp))
+    return messages
 
 
 def links_of(case):
