@@ -62,7 +62,7 @@ def from_mindformers(tree: JsonObject, where: str) -> Carried:
             out.put(key, target, convert(flat[key]))
     _stages(flat, section, model.num_layers, out, where)
     if trains(tree):
-        _precision(section, flat, out)
+        _precision(section, out)
         _recompute(flat, out)
     _callbacks(tree.get("callbacks"), out, where)
     _lora(section.get("pet_config") or _mapping(tree, "model", where).get("pet_config"), out, where)
@@ -236,7 +236,7 @@ def _schedule(flat: JsonObject, out: Carried, where: str) -> None:
         out.left["lr_schedule.lr_end"] = "a constant schedule does not reach it"
 
 
-def _precision(section: JsonObject, flat: JsonObject, out: Carried) -> None:
+def _precision(section: JsonObject, out: Carried) -> None:
     compute = section.get("compute_dtype")
     weights = section.get("param_init_type", section.get("params_dtype"))
     found = {types: name for name, types in _TYPES.items()}.get((str(compute), str(weights)))

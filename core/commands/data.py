@@ -137,9 +137,9 @@ def run(args: argparse.Namespace) -> int:
     columns = columns_from(args, args.inputs, _use(args))
     reading = Reading(frozenset(args.ignore_key), args.reasoning, args.kind, columns)
     with hold_place(args.out, f"--out {args.out}"):
-        meta = _pack(args, tokenizer, reading)
+        _pack(args, tokenizer, reading)
         _print_reading(args, reading)
-        _print_samples(args, meta, tokenizer)
+        _print_samples(args, tokenizer)
     return 0
 
 
@@ -167,12 +167,12 @@ def _use(args: argparse.Namespace) -> str:
     return PREFERENCE if args.preference else TEACHER if args.teacher else DIALOGUE if args.sft else TEXT
 
 
-def _pack(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) -> JsonObject:
+def _pack(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) -> None:
     pack = {TEXT: _pack_text, DIALOGUE: _pack_sft, PREFERENCE: _pack_preference, TEACHER: _pack_teacher}[_use(args)]
-    return pack(args, tokenizer, reading)
+    pack(args, tokenizer, reading)
 
 
-def _pack_preference(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) -> JsonObject:
+def _pack_preference(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) -> None:
     from telechat_twins.core.data.packing.preference import pack_preference  # with all that configs need
 
     meta = pack_preference(
@@ -188,10 +188,9 @@ def _pack_preference(args: argparse.Namespace, tokenizer: Tokenizer, reading: Re
     )
     print(f"{args.out}: {meta['pairs']} pairs, {meta['tokens']} tokens, {meta['targets']} targets")
     _print_dropped(args, meta, "pairs")
-    return meta
 
 
-def _pack_teacher(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) -> JsonObject:
+def _pack_teacher(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) -> None:
     tokens = class_tokens(tokenizer, args.true_token or TRUE_PIECE, args.false_token or FALSE_PIECE)
     meta = pack_teacher(
         args.inputs,
@@ -212,7 +211,6 @@ def _pack_teacher(args: argparse.Namespace, tokenizer: Tokenizer, reading: Readi
     ids = f"true {tokens.true_piece} = {tokens.true}, false {tokens.false_piece} = {tokens.false}"
     print(f"class tokens: {ids}{'' if args.true_token and args.false_token else ' (by default)'}")
     _print_dropped(args, meta, "propositions")
-    return meta
 
 
 def _print_dropped(args: argparse.Namespace, meta: JsonObject, what: str) -> None:
@@ -220,7 +218,7 @@ def _print_dropped(args: argparse.Namespace, meta: JsonObject, what: str) -> Non
         print(f"left out: {meta['dropped_long']} {what} longer than {args.seq_len} tokens, as --drop-long says")
 
 
-def _pack_text(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) -> JsonObject:
+def _pack_text(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) -> None:
     meta = pack_text(
         args.inputs,
         args.out,
@@ -239,10 +237,9 @@ def _pack_text(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading)
             "taken as they are: the ids of token files, which name no tokenizer; make sure that --tokenizer is theirs "
             f"({meta['documents_without_end']} of their documents do not end with <_end>)"
         )
-    return meta
 
 
-def _pack_sft(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) -> JsonObject:
+def _pack_sft(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) -> None:
     seed = None if args.in_order else MINDFORMERS_SEED if args.shuffle_seed is None else args.shuffle_seed
     meta = pack_dialogues(
         args.inputs,
@@ -260,7 +257,6 @@ def _pack_sft(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) 
         quiet=args.quiet,
     )
     _print_dialogues(args, meta)
-    return meta
 
 
 def _print_dialogues(args: argparse.Namespace, meta: JsonObject) -> None:
@@ -300,7 +296,7 @@ def _print_reading(args: argparse.Namespace, reading: Reading) -> None:
         print(f"left out: keys that hold nothing to learn: {names}")
 
 
-def _print_samples(args: argparse.Namespace, meta: JsonObject, tokenizer: Tokenizer) -> None:
+def _print_samples(args: argparse.Namespace, tokenizer: Tokenizer) -> None:
     """The samples that were asked for, in full; else the first in brief."""
     count, longest = (1, BRIEF) if args.show is None else (args.show, None)
     for sample in samples(PackedDataset(args.out, fresh=True), tokenizer, count, longest):

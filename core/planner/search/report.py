@@ -47,7 +47,7 @@ def text(question: Question, found: Found, model: str) -> list[str]:
     if len(found.plans) > 1:
         lines += ["", f"why the others lose to {best.layout.name}, in seconds of a step"]
         lines += [f"  {plan.layout.name:<34}{', '.join(reasons(plan, best))}" for plan in found.plans[1:]]
-    return [*lines, *_large_lines(found, "perhaps faster, but too large"), "", *snippet(question, best, model)]
+    return [*lines, *_large_lines(found, "perhaps faster, but too large"), "", *snippet(question, best)]
 
 
 def counted(number: int, noun: str) -> str:
@@ -68,7 +68,7 @@ def reasons(plan: Plan, best: Plan) -> list[str]:
     return [f"{plan.time.seconds - best.time.seconds:+.3g} in all", *found]
 
 
-def snippet(question: Question, plan: Plan, model: str) -> list[str]:
+def snippet(question: Question, plan: Plan) -> list[str]:
     """The configuration of a plan as the YAML of a run, and the options that give it to `tele train`."""
     work, layout = plan.work, plan.layout
     default = Layout()
