@@ -19,6 +19,7 @@ from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.parallel.mesh import Group, Link, Mesh, build_mesh
 from telechat_twins.kernels.mindspore.ops import limit_threads
 from telechat_twins.kernels.mindspore.private import set_world_rank
+from telechat_twins.kernels.mindspore.settings import keep_threads
 
 LONGEST_WAIT = 1800  # seconds; what PyTorch's gloo allows. MindSpore's CPU collectives give up after 30 by default.
 
@@ -81,7 +82,7 @@ def join(timeout_s: float | None = None) -> tuple[int, int]:
             # Idle kernel and dispatch threads call sched_yield without end, on cores that other ranks need: 4 ranks on
             # 2 cores took 5.3 s for a step of telechat2-tiny as it comes, and 2.8 s so.
             threads = _threads(get_group_size())
-            ms.device_context.cpu.op_tuning.threads_num(threads)
+            keep_threads(threads)
             limit_threads(threads)
             ms.runtime.dispatch_threads_num(1)
         # isend and irecv ask for this process's rank in a group whose name was bound when their module was imported,

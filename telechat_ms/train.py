@@ -25,6 +25,7 @@ from telechat_twins.core.train.trainable import first_trained_stage, trainable
 from telechat_twins.core.train.trainer import BaseTrainer, See
 from telechat_twins.core.train.watch.profile import convert_trace
 from telechat_twins.kernels.mindspore import ops as kernels
+from telechat_twins.kernels.mindspore.settings import keep_threads
 from telechat_twins.kernels.sums import open_sums
 from telechat_twins.telechat_ms.collectives import agree
 from telechat_twins.telechat_ms.mesh import join, leave
@@ -43,6 +44,9 @@ class Trainer(BaseTrainer[Decoder]):
         kernels.select(dataclasses.asdict(config.kernels))
         provide_sums(open_sums)
         mesh = open_mesh(config.model, config.parallel)
+        if mesh.layout.world == 1 and _in_cpp(config.train.precision):
+            # Its own threads would only call sched_yield, on cores that the C++ operators need.
+            keep_threads(1)
         stages, table = parallelize(
             config.model,
             mesh,
@@ -79,6 +83,11 @@ class Trainer(BaseTrainer[Decoder]):
             "device": str(ms.get_context("device_target")),
             "operators": "; ".join(kernels.described(self.stages[0].dtypes.master)),
         }
+
+
+def _in_cpp(precision: str) -> bool:
+    """Whether products are computed by the C++ operators, which have threads of their own; they serve no float64."""
+    return precision != "fp64" and kernels.choices()["linear"].implementation in ("cpp", "amx")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from hypothesis import settings
 # a framework is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-# A shell starts jobs in the background with Ctrl-C ignored, and nohup ignores the hangup, too; every process started from
+# A shell starts jobs in the background with Ctrl-C ignored, and nohup ignores the hangup, too; what is started from
 # there inherits that. Tests of interrupts send both.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -14,3 +14,13 @@ import mindspore  # noqa: E402
 
 if mindspore.get_context("device_target") == "CPU":
     mindspore.runtime.launch_blocking()
+
+_kept: list[int] = []  # threads of MindSpore's own operators, once limited
+
+
+def keep_threads(threads: int) -> None:
+    """Limit the threads of MindSpore's own operators on a CPU. Called before the process's first operator, which starts
+    them; later calls than the first change nothing, as MindSpore has it."""
+    if not _kept:
+        _kept.append(threads)
+        mindspore.device_context.cpu.op_tuning.threads_num(threads)
