@@ -65,11 +65,6 @@ def work(backend: str, micro_batch: int, adapters: bool, cold: bool) -> None:
     """Answer each line on stdin with the figures of one more step."""
     import time
 
-    if backend == "ms":  # as in a training rank; an idle thread of MindSpore's would count as 0.3 s of a step otherwise
-        import mindspore
-
-        mindspore.device_context.cpu.op_tuning.threads_num(1)
-
     made = trainer(backend, "telechat2-tiny", 1, adapters) if not cold else None
     if made is not None:
         step(made, 1)

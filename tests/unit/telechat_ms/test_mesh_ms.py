@@ -44,11 +44,20 @@ def test_training_keeps_mindspore_to_one_thread_where_cpp_multiplies(
 
 
 def test_threads_are_kept_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """MindSpore refuses a second number."""
+    """MindSpore refuses a second number, of a program that has set its own as well."""
     asked: list[int] = []
+
+    def threads_num(threads: int) -> None:
+        asked.append(threads)
+        if len(asked) > 1:
+            raise RuntimeError("The 'threads_num' can not be set repeatedly.")
+
+    tuning = SimpleNamespace(op_tuning=SimpleNamespace(threads_num=threads_num))
     monkeypatch.setattr(settings, "_kept", [])
-    tuning = SimpleNamespace(op_tuning=SimpleNamespace(threads_num=asked.append))
     monkeypatch.setattr(settings.mindspore, "device_context", SimpleNamespace(cpu=tuning))
     settings.keep_threads(1)
     settings.keep_threads(2)
     assert asked == [1]
+    settings._kept.clear()
+    settings.keep_threads(3)
+    assert asked == [1, 3]
