@@ -104,6 +104,27 @@ void parallel(int64_t n, int64_t grain, const Body &body) {
   }, &context);
 }
 
+// body(first, last) over [0, n) in pieces that become smaller, down to one item: threads of unequal speed end together, as
+// long as a result does not depend on its piece (guided self-scheduling, Polychronopoulos and Kuck, 1987).
+template <typename Body>
+void parallel_guided(int64_t n, int64_t grain, const Body &body) {
+  const int threads = threads_for(n, grain);
+  if (threads <= 1) {
+    if (n > 0) body(int64_t{0}, n);
+    return;
+  }
+  std::vector<int64_t> ends;
+  for (int64_t end = 0; end < n;) ends.push_back(end += std::max<int64_t>(1, (n - end) / (2 * threads)));
+  struct Context {
+    const Body &body;
+    const int64_t *ends;
+  } context{body, ends.data()};
+  run_pieces(static_cast<int64_t>(ends.size()), threads, [](void *given, int64_t t) {
+    const Context &c = *static_cast<Context *>(given);
+    c.body(t ? c.ends[t - 1] : 0, c.ends[t]);
+  }, &context);
+}
+
 // body(item, hand) for every item, scheduled dynamically; ``hand`` numbers the threads, for buffers of their own.
 template <typename Body>
 void parallel_items(int64_t n, const Body &body) {

@@ -169,17 +169,17 @@ KERNEL(matmul_bf16, 2, 1, 2) {
       for (int64_t s = first; s < last; s++) pack_strip(s, w + s * kWidth * pairs);
     });
   const bool by_rows = !once && blocks >= threads_for(blocks * strips, 1);
-  const int64_t grain = once ? std::max<int64_t>(1, strips / (2 * threads_for(strips, 1))) : 1;  // each piece packs a
   const int64_t x_row = pairs + 16;  // rows a power of two apart would share few sets of the cache
-  parallel(by_rows ? blocks : strips, grain, [&](int64_t first, int64_t last, int) {
+  // Rows [top, bottom) of the strips [begin, end).
+  const auto part = [&](int64_t top, int64_t bottom, int64_t begin, int64_t end) {
     uint32_t *x = packed_a.room(height * x_row), *own = once ? packed_w.room(kWidth * pairs) : nullptr;
     alignas(64) float sums[kBlock * kWidth];
     const Tiles configured(tiles);
-    for (int64_t at = by_rows ? first : 0; at < (by_rows ? last : blocks); at++) {
-      const int64_t from = at * height, rows = std::min(height, m - from);
+    for (int64_t from = top; from < bottom; from += height) {
+      const int64_t rows = std::min(height, bottom - from);
       const int64_t places = tiles ? (rows + kTilePair - 1) / kTilePair * kTilePair : rows;
       pack(a, from, rows, places, pairs, false, x, x_row);
-      for (int64_t s = by_rows ? 0 : first; s < (by_rows ? strips : last); s++) {
+      for (int64_t s = begin; s < end; s++) {
         if (once) pack_strip(s, own);
         strip(x, x_row, once ? own : w + s * kWidth * pairs, places, pairs, sums, tiles);
         const int64_t columns = std::min(kWidth, n - s * kWidth);
@@ -191,5 +191,14 @@ KERNEL(matmul_bf16, 2, 1, 2) {
         });
       }
     }
-  });
+  };
+  if (by_rows) {
+    const int64_t some = tiles ? 2 * kTilePair : kBlock / 4;  // rows
+    parallel_guided((m + some - 1) / some, 1, [&](int64_t first, int64_t last) {
+      part(first * some, std::min(m, last * some), 0, strips);
+    });
+  } else {
+    const int64_t grain = once ? std::max<int64_t>(1, strips / (2 * threads_for(strips, 1))) : 1;  // each piece packs a
+    parallel(strips, grain, [&](int64_t first, int64_t last, int) { part(0, m, first, last); });
+  }
 }

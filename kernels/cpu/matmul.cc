@@ -222,7 +222,7 @@ void float_product(int64_t m, int64_t n, int64_t k, const Operand &a, const Oper
       // Threads divide the rows, or the columns where there are too few rows.
       const int64_t threads = threads_for(row_panels * some, 2);
       const bool by_rows = row_panels >= 2 * threads || row_panels >= some;
-      parallel(by_rows ? row_panels : some, 1, [&](int64_t first, int64_t last, int) {
+      parallel_guided(by_rows ? row_panels : some, 1, [&](int64_t first, int64_t last) {
         const int64_t row_first = by_rows ? first * kRows : 0, row_last = by_rows ? std::min(m, last * kRows) : m;
         const int64_t begin = by_rows ? 0 : first, end = by_rows ? some : last;
         const bool packs = (a.row == 1 && a.column != 1) || end - begin >= kWorthCopying;

@@ -114,7 +114,7 @@ void thin_product(int64_t m, int64_t n, int64_t k, const float *x, const float *
   parallel(panels, std::max<int64_t>(1, 16384 / (kRows * k)), [&](int64_t first, int64_t last, int) {
     for (int64_t i = first; i < last; i++) pack_rows(x, k, i * kRows, std::min(m, (i + 1) * kRows), rows + i * kRows * k);
   });
-  parallel(strips, 1, [&](int64_t first, int64_t last, int) {
+  parallel_guided(strips, 1, [&](int64_t first, int64_t last) {
     for (int64_t s = first; s < last; s++) {
       const int64_t column = s * kColumns, columns = std::min<int64_t>(kColumns, n - column);
       strip(m, n, k, rows, w + column * k, columns, bias ? bias + column : nullptr, c + column);
