@@ -1,0 +1,3 @@
+"""The PyTorch side. Importing it prepares the process."""
+
+import telechat_twins.kernels.pytorch.settings  # noqa: F401
