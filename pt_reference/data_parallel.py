@@ -16,6 +16,7 @@ from telechat_twins.core.parallel.mesh import Mesh
 from telechat_twins.core.parallel.sharding import Bucket, Shard, plan_buckets
 from telechat_twins.core.parallel.transfer import Handle
 from telechat_twins.kernels.pytorch import ops as kernels
+from telechat_twins.kernels.pytorch.room import GradientPlace
 from telechat_twins.pt_reference.collectives import all_reduce, start_all_reduce, start_reduce_scatter
 
 BYTES = 4  # of a float32 gradient
@@ -44,15 +45,22 @@ class GradientBuckets:
         self._pending: dict[int, Handle[Tensor]] = {}
         self._passes = 0
         self._seen: dict[str, int] = {}
+        self._waits: list[int] = []  # gradients that a bucket's reduction waits for
+        self._places: list[GradientPlace] = []
         for number, bucket in enumerate(self.buckets):
             for segment in bucket.segments:
-                view = self._flat[number][segment.start : segment.start + segment.size]
                 weight = weights[segment.name]
-                weight.register_post_accumulate_grad_hook(self._hook(segment.name, number, view.view(weight.shape)))
+                view = self._flat[number][segment.start : segment.start + segment.size].view(weight.shape)
+                place = GradientPlace(view, weight)
+                self._places.append(place)
+                weight.register_post_accumulate_grad_hook(self._hook(segment.name, number, view, place))
 
     def expect(self, passes: int) -> None:
         """``passes`` backward passes will each add to every parameter; then come the sums over ranks."""
         self._passes, self._seen = passes, {}
+        self._waits = [passes * len(bucket.segments) for bucket in self.buckets]
+        for place in self._places:
+            place.offer()
 
     def finish(self) -> list[Tensor]:
         """This rank's part of every bucket's total, once the backward passes are done."""
@@ -67,14 +75,19 @@ class GradientBuckets:
     def discard(self) -> None:
         """Forget what was accumulated: the next pass writes over it."""
         self._seen = {}
+        for place in self._places:
+            place.withdraw()
 
-    def _hook(self, name: str, number: int, accumulator: Tensor):  # type: ignore[no-untyped-def]
+    def _hook(self, name: str, number: int, accumulator: Tensor, place: GradientPlace):  # type: ignore[no-untyped-def]
         bucket = self.buckets[number]
 
         def take(weight: Tensor) -> None:
             gradient, again = weight.grad, self._seen.get(name, 0)
             assert gradient is not None  # it has just been accumulated
-            if self.adder is not None:
+            place.withdraw()
+            if gradient.data_ptr() == accumulator.data_ptr():
+                pass  # the first one, computed in its place
+            elif self.adder is not None:
                 self.adder.accumulate(accumulator, gradient, again > 0)
             elif again:
                 accumulator.add_(gradient)
@@ -82,8 +95,9 @@ class GradientBuckets:
                 accumulator.copy_(gradient)
             weight.grad = None
             self._seen[name] = again + 1
+            self._waits[number] -= 1
             # Sums over ranks of the model itself wait for the end: their ranks may be at different places now.
-            if not bucket.sum_over and all(self._seen.get(s.name) == self._passes for s in bucket.segments):
+            if not bucket.sum_over and not self._waits[number]:
                 self._start(number)
 
         return take

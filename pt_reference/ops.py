@@ -152,11 +152,15 @@ def linears(x: Tensor, dropped: Tensor | None, *layers: LinearLayer, again: Agai
         return tuple(
             out if layer.served is None else layer.served.added(out, x) for out, layer in zip(few, layers, strict=True)
         )
+    if not together and layers[0].compute == x.dtype and all(layer.served is None for layer in layers):
+        found = kernels.linears(x, [layer.weight for layer in layers], [layer.bias for layer in layers], again)
+        if found is not None:
+            return found
     if again is not None:
         again = Recomputed(again, len(layers) - len(together) + bool(together))
-    found = iter(adapted_linears(x, dropped, together, layers[0].compute, again) if together else ())
+    trained = iter(adapted_linears(x, dropped, together, layers[0].compute, again) if together else ())
     return tuple(
-        layer(x, None, again) if one is None else next(found) for layer, one in zip(layers, adapted, strict=True)
+        layer(x, None, again) if one is None else next(trained) for layer, one in zip(layers, adapted, strict=True)
     )
 
 

@@ -159,8 +159,14 @@ class Call:
             raise KeyError(f"no kernel is named {name!r}")
         if [c.value for c in counts] != [inputs, outputs, len(scalars)]:
             raise ValueError(f"{name}: {inputs}, {outputs}, {len(scalars)} arguments for {counts}")
-        self._run, self._scalars = library.tele_run, (ctypes.c_double * 16)(*scalars)
+        self._run, self._scalars, self._count = library.tele_run, (ctypes.c_double * 16)(*scalars), len(scalars)
         self.inputs, self.outputs = (View * max(1, inputs))(), (View * max(1, outputs))()
+
+    def set(self, scalars: Sequence[float]) -> None:
+        """Other scalars, as many; ValueError for another number."""
+        if len(scalars) != self._count:
+            raise ValueError(f"{len(scalars)} scalars for {self._count}")
+        self._scalars[: self._count] = [*scalars]
 
     def run(self) -> None:
         self._run(self._number, self.inputs, self.outputs, self._scalars)

@@ -237,17 +237,30 @@ void float_product(int64_t m, int64_t n, int64_t k, const Operand &a, const Oper
     }
 }
 
+namespace {
+Operand left(const View &a, bool turned) {
+  return {a.as<float>(), turned ? 1 : a.shape[1], turned ? a.shape[1] : 1};
+}
+Operand right(const View &w, bool turned) {
+  return {w.as<float>(), turned ? w.shape[1] : 1, turned ? 1 : w.shape[1]};
+}
+}  // namespace
+
 // in: a [m, k] or, with scalar[0], [k, m]; w [n, k] or, with scalar[1], [k, n]; bias [n]; all float32; out: a w^T +
 // bias [m, n]; scalars: turn a, turn w, has bias
 KERNEL(matmul, 3, 1, 3) {
   const bool turn_a = scalar[0] != 0, turn_w = scalar[1] != 0;
   const int64_t m = in[0].shape[turn_a ? 1 : 0], k = in[0].shape[turn_a ? 0 : 1], n = in[1].shape[turn_w ? 1 : 0];
-  const Operand a{in[0].as<float>(), turn_a ? 1 : k, turn_a ? m : 1};
-  const Operand b{in[1].as<float>(), turn_w ? n : 1, turn_w ? 1 : k};
   const float *bias = scalar[2] ? in[2].as<float>() : nullptr;
   if (k == 0) {
     for (int64_t i = 0; i < m * n; i++) out[0].as<float>()[i] = bias ? bias[i % n] : 0.0f;
     return;
   }
-  float_product(m, n, k, a, b, bias, out[0].as<float>(), false);
+  float_product(m, n, k, left(in[0], turn_a), right(in[1], turn_w), bias, out[0].as<float>(), false);
+}
+
+// in: c [m, n], a [m, k], w [k, n], all float32; adds a w to c, which is written over
+KERNEL(matmul_add, 3, 0, 0) {
+  const int64_t m = in[1].shape[0], k = in[1].shape[1], n = in[2].shape[1];
+  if (k) float_product(m, n, k, left(in[1], false), right(in[2], true), nullptr, in[0].as<float>(), true);
 }

@@ -1,9 +1,17 @@
-"""Layers with low-rank adapters, checked as the operators of kernels/cpu/ops.py are."""
+"""Products added to a matrix, and layers with low-rank adapters, checked as the operators of kernels/cpu/ops.py are."""
 
 from __future__ import annotations
 
 from telechat_twins.kernels.cpu.checks import either, floats, need, product, written
 from telechat_twins.kernels.cpu.engine import Array
+
+
+def matmul_add(c: Array, a: Array, w: Array) -> None:
+    """c [m, n] += a [m, k] @ w [k, n], in place; all float32. ValueError for a c that is not contiguous."""
+    e = floats(c=c, a=a, w=w)
+    need("c", c, ("float32",), product(a, w, "float32", False, True))
+    written(c=c)
+    e.run("matmul_add", (c, a, w), (), (), 0)
 
 
 def adapted(

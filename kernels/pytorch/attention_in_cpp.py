@@ -6,6 +6,7 @@ bfloat16 and float16, and other dtypes are not served. Arguments are those that 
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from functools import cache
 from typing import cast
@@ -82,15 +83,42 @@ def unit_stride(x: Tensor) -> Tensor:
 
 
 def run(name: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor], scalars: Sequence[float]) -> None:
-    """Run a kernel on tensors that may be strided except along the last axis; outputs are contiguous."""
-    from telechat_twins.kernels.cpu.engine import Call
+    """Run a kernel on tensors that may be strided except along the last axis; outputs are contiguous.
 
-    call, codes = Call(name, len(inputs), len(outputs), scalars), _codes()
-    for views, tensors in ((call.inputs, inputs), (call.outputs, outputs)):
-        for view, x in zip(views, tensors, strict=False):  # a call without outputs has a view of one
-            view.data, view.ndim, view.dtype = x.data_ptr(), x.ndim, codes[x.dtype]
-            view.shape[: x.ndim], view.stride[: x.ndim] = x.shape, x.stride()
-    call.run()
+    A kernel is mostly called with the shapes of its last call, so each thread keeps its calls: then only addresses and
+    scalars are set.
+    """
+    prepared = _prepared.__dict__.get(name)
+    if prepared is None:
+        prepared = _prepared.__dict__[name] = _Prepared(name, len(inputs), len(outputs), len(scalars))
+    prepared.run(inputs, outputs, scalars)
+
+
+class _Prepared:
+    """A kernel's call, and the dtypes, shapes and strides that its views have."""
+
+    def __init__(self, name: str, inputs: int, outputs: int, scalars: int) -> None:
+        from telechat_twins.kernels.cpu.engine import Call
+
+        self.call, self.codes, self.counts = Call(name, inputs, outputs, [0.0] * scalars), _codes(), (inputs, outputs)
+        self.views = [*self.call.inputs[:inputs], *self.call.outputs[:outputs]]
+        self.forms: list[object] = [None] * len(self.views)
+
+    def run(self, inputs: Sequence[Tensor], outputs: Sequence[Tensor], scalars: Sequence[float]) -> None:
+        if (len(inputs), len(outputs)) != self.counts:
+            raise ValueError(f"{len(inputs)} inputs and {len(outputs)} outputs for {self.counts}")
+        for i, x in enumerate((*inputs, *outputs)):
+            view, form = self.views[i], (x.dtype, x.shape, x.stride())
+            if form != self.forms[i]:
+                view.ndim, view.dtype = x.ndim, self.codes[x.dtype]
+                view.shape[: x.ndim], view.stride[: x.ndim] = x.shape, x.stride()
+                self.forms[i] = form
+            view.data = x.data_ptr()
+        self.call.set(scalars)
+        self.call.run()
+
+
+_prepared = threading.local()  # of each thread, by the kernel's name
 
 
 @cache

@@ -15,7 +15,8 @@ from torch.autograd.function import Function, FunctionCtx, once_differentiable
 
 from telechat_twins.core.model.batch import IGNORE
 from telechat_twins.core.model.visibility import KeyRanges
-from telechat_twins.kernels.pytorch import cpu, in_cpp
+from telechat_twins.kernels.pytorch import cpu, in_cpp, tiles
+from telechat_twins.kernels.pytorch.room import take_place
 
 
 class Linear(Function):
@@ -34,6 +35,7 @@ class Linear(Function):
         again: Callable[[], Tensor] | None = None,
     ) -> Tensor:
         ctx.package, ctx.again = package, again if ctx.needs_input_grad[2] else None
+        ctx.options = {"bias": bias} if package is tiles and bias is not None and bias.is_leaf else {}
         ctx.save_for_backward(x if ctx.needs_input_grad[2] and again is None else None, weight)
         return package.linear(x, weight, bias)
 
@@ -43,7 +45,40 @@ class Linear(Function):
         x, weight = ctx.saved_tensors
         if ctx.again is not None:
             x, ctx.again = ctx.again().to(weight.dtype), None
-        return None, *ctx.package.linear_backward(grad, x, weight, ctx.needs_input_grad[1:4]), None
+        return None, *ctx.package.linear_backward(grad, x, weight, ctx.needs_input_grad[1:4], **ctx.options), None
+
+
+class Linears(Function):
+    """Several linear layers of one x by kernels/pytorch/tiles.py, which adds the gradients of x inside the products:
+    three for q, k and v would be two tensors more, and passes over them. Saves what Linear does."""
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        again: Callable[[], Tensor] | None,
+        count: int,
+        *parameters: Tensor | None,
+    ) -> tuple[Tensor, ...]:
+        """``parameters``: ``count`` weights, and as many biases or None."""
+        weights, biases = parameters[:count], parameters[count:]
+        ctx.count, ctx.again = count, again if any(ctx.needs_input_grad[3 : 3 + count]) else None
+        keeps = any(ctx.needs_input_grad[3 : 3 + count]) and again is None
+        ctx.biases = [bias if bias is not None and bias.is_leaf else None for bias in biases]
+        ctx.save_for_backward(x if keeps else None, *weights)
+        return tuple(tiles.linear(x, weight, bias) for weight, bias in zip(weights, biases, strict=True))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        x, *weights = ctx.saved_tensors
+        needs_x, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
+        if ctx.again is not None:
+            x, ctx.again = ctx.again(), None
+        dx = tiles.added_products(grads, weights) if needs_x else None
+        wanted = zip(grads, weights, ctx.biases, needs[: ctx.count], needs[ctx.count :], strict=True)
+        found = [tiles.linear_backward(dy, x, weight, (False, *want), bias) for dy, weight, bias, *want in wanted]
+        return dx, None, None, *(dweight for _, dweight, _ in found), *(dbias for *_, dbias in found)
 
 
 class Add(Function):
@@ -65,7 +100,7 @@ class Embedding(Function):
 
     @staticmethod
     def forward(ctx: FunctionCtx, package: ModuleType, table: Tensor, ids: Tensor) -> Tensor:
-        ctx.package, ctx.rows, ctx.dtype = package, table.shape[0], table.dtype
+        ctx.package, ctx.table = package, table
         ctx.save_for_backward(ids)
         return package.embedding(table, ids)
 
@@ -73,8 +108,10 @@ class Embedding(Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         (ids,) = ctx.saved_tensors
-        dtable = ctx.package.embedding_backward(grad.reshape(-1, grad.shape[-1]), ids.reshape(-1), ctx.rows)
-        return None, dtable.to(ctx.dtype), None
+        options = {"out": take_place(ctx.table)} if ctx.package is in_cpp else {}
+        rows, dtype = ctx.table.shape[0], ctx.table.dtype
+        dtable = ctx.package.embedding_backward(grad.reshape(-1, grad.shape[-1]), ids.reshape(-1), rows, **options)
+        return None, dtable.to(dtype), None
 
 
 class RmsNorm(Function):
@@ -179,7 +216,11 @@ class RopeQK(Function):
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_q: Tensor, grad_k: Tensor) -> tuple[Tensor | None, ...]:
         cos, sin, scale_q, scale_k = ctx.saved_tensors
-        return None, *ctx.package.rope_qk(grad_q, grad_k, cos, -sin, scale_q, scale_k), None, None, None, None
+        if ctx.package is in_cpp:
+            turned = in_cpp.rope_qk(grad_q, grad_k, cos, sin, scale_q, scale_k, sign=-1.0)
+        else:
+            turned = ctx.package.rope_qk(grad_q, grad_k, cos, -sin, scale_q, scale_k)
+        return None, *turned, None, None, None, None
 
 
 class SwiGLU(Function):

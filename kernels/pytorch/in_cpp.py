@@ -14,7 +14,7 @@ from torch import Tensor
 
 from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.pytorch.attention_in_cpp import run, unit_stride
-from telechat_twins.kernels.pytorch.room import empty
+from telechat_twins.kernels.pytorch.room import empty, take_place
 
 OPERATORS = ("rms_norm", "layer_norm", "rope", "swiglu", "gelu", "cross_entropy", "embedding", "adamw")
 
@@ -55,7 +55,7 @@ def _rms_norm_backward(
 ) -> tuple[Tensor, Tensor]:
     """dx + ``more`` and dweight."""
     x = x.contiguous()
-    dx, dweight = empty(x.shape, x.dtype), x.new_empty(weight.shape, dtype=torch.float32)
+    dx, dweight = empty(x.shape, x.dtype), _gradient(weight)
     inputs = (grad.contiguous(), x, weight.contiguous(), rstd.contiguous(), _either(more, x), _either(mask, weight))
     run("rms_norm_backward", inputs, (dx, dweight), (more is not None, mask is not None))
     return dx, dweight
@@ -75,19 +75,28 @@ def layer_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor, mean: Tensor, rstd: Tensor, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     x = x.contiguous()
-    dx, (dweight, dbias) = empty(x.shape, x.dtype), (x.new_empty(weight.shape, dtype=torch.float32) for _ in range(2))
+    dx, dweight, dbias = empty(x.shape, x.dtype), _gradient(weight), x.new_empty(weight.shape, dtype=torch.float32)
     inputs = (grad.contiguous(), x, weight.contiguous(), mean.contiguous(), rstd.contiguous(), _either(mask, weight))
     run("layer_norm_backward", inputs, (dx, dweight, dbias), (mask is not None,))
     return dx, dweight, dbias
 
 
 def rope_qk(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, scale_q: Tensor | None = None, scale_k: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    scale_q: Tensor | None = None,
+    scale_k: Tensor | None = None,
+    sign: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
+    """``sign`` -1 turns the other way."""
     out = tuple(empty(x.shape, x.dtype) for x in (q, k))
     tables = (cos, sin, cos if scale_q is None else scale_q, cos if scale_k is None else scale_k)
-    tables = tuple(t.to(torch.float32).contiguous() for t in torch.broadcast_tensors(*tables))
-    run("rope", (unit_stride(q), unit_stride(k), *tables), out, (1.0, scale_q is not None, scale_k is not None))
+    if any(table.shape != cos.shape for table in tables):
+        tables = torch.broadcast_tensors(*tables)
+    tables = tuple(t.to(torch.float32).contiguous() for t in tables)
+    run("rope", (unit_stride(q), unit_stride(k), *tables), out, (sign, scale_q is not None, scale_k is not None))
     return out[0], out[1]
 
 
@@ -153,8 +162,10 @@ def embedding(table: Tensor, ids: Tensor) -> Tensor:
     return F.embedding(ids, table)  # PyTorch's, which refuses an id outside the table
 
 
-def embedding_backward(grad: Tensor, ids: Tensor, vocab_size: int) -> Tensor:
-    out = empty((vocab_size, grad.shape[1]), torch.float32)
+def embedding_backward(grad: Tensor, ids: Tensor, vocab_size: int, out: Tensor | None = None) -> Tensor:
+    """``out``: where the gradient goes, contiguous float32 [vocab_size, E]."""
+    if out is None:
+        out = empty((vocab_size, grad.shape[1]), torch.float32)
     run("embedding_backward", (grad.contiguous(), ids.contiguous()), (out,), ())
     return out
 
@@ -166,9 +177,10 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     return out
 
 
-def column_sum(x: Tensor) -> Tensor:
-    """The sums of x [N, C] over its rows, [C] in float32."""
-    out = x.new_empty(x.shape[1], dtype=torch.float32)
+def column_sum(x: Tensor, out: Tensor | None = None) -> Tensor:
+    """The sums of x [N, C] over its rows, [C] in float32; ``out``: where they go."""
+    if out is None:
+        out = x.new_empty(x.shape[1], dtype=torch.float32)
     run("column_sum", (x.contiguous(),), (out,), ())
     return out
 
@@ -188,6 +200,12 @@ def accumulate(into: Tensor, x: Tensor, add: bool) -> None:
 def adamw(master: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: AdamWStep, copy: Tensor | None = None) -> None:
     inputs = (master, m, v, grad, master if copy is None else copy)
     run("adamw", inputs, (), (0, *step.scalars(), copy is not None, 0, grad.numel()))
+
+
+def _gradient(weight: Tensor) -> Tensor:
+    """Uninitialised, for the gradient of ``weight``: its place, or a tensor of its own in float32."""
+    place = take_place(weight) if weight.dtype == torch.float32 else None
+    return weight.new_empty(weight.shape, dtype=torch.float32) if place is None else place
 
 
 def _either(x: Tensor | None, other: Tensor) -> Tensor:

@@ -182,6 +182,24 @@ def linear(
     return torch_composite.linear(x, weight, bias)
 
 
+def linears(
+    x: Tensor,
+    weights: Sequence[torch_weights.Matrix],
+    biases: Sequence[Tensor | None],
+    again: Callable[[], Tensor] | None = None,
+) -> tuple[Tensor, ...] | None:
+    """``linear`` of one x with several weights, for training in float32: by products that add the gradients of x to one
+    another; None where those are not selected, or for other dtypes."""
+    if not torch.is_grad_enabled() or serving("linear", x) is not torch_tiles or not torch_tiles.serves(x):
+        return None
+    plain = [weight for weight in weights if isinstance(weight, Tensor) and weight.dtype == x.dtype]
+    if len(plain) != len(weights) or not x.numel() or not all(weight.numel() for weight in plain):
+        return None
+    for weight, bias in zip(plain, biases, strict=True):
+        torch_checks.linear(x, weight, bias)
+    return torch_autograd.Linears.apply(x, again, len(plain), *plain, *biases)
+
+
 def add(stream: Tensor, branch: Tensor) -> Tensor:
     """stream + branch, in the dtype of ``stream``; the sum belongs to that of ``add_rms_norm``."""
     if serving("rms_norm", stream) is in_cpp and stream.shape == branch.shape:

@@ -32,6 +32,36 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.frombuffer(raw, dtype=dtype, count=size, offset=start).resize_(shape)
 
 
+class GradientPlace:
+    """Where the first gradient of a weight in a step belongs, for operators that can write it there: no copy then.
+
+    Only one gradient may ``take`` the place after an ``offer``. Where a weight has several in one backward pass, the
+    others are made elsewhere, and autograd adds them all in a tensor of its own.
+    """
+
+    def __init__(self, place: Tensor, weight: Tensor) -> None:
+        """``weight`` finds the place from now on, by ``take_place``."""
+        self._place, self._offered = place, False
+        self._fits = (place.dtype, place.device, place.stride()) == (weight.dtype, weight.device, weight.stride())
+        weight._gradient_place = self  # type: ignore[attr-defined]
+
+    def offer(self) -> None:
+        self._offered = self._fits
+
+    def withdraw(self) -> None:
+        self._offered = False
+
+    def take(self) -> Tensor | None:
+        offered, self._offered = self._offered, False
+        return self._place.detach() if offered else None  # a tensor of its own, which autograd keeps as the gradient
+
+
+def take_place(weight: Tensor) -> Tensor | None:
+    """Where to write a whole gradient of ``weight``; None: elsewhere."""
+    found: GradientPlace | None = getattr(weight, "_gradient_place", None)
+    return None if found is None else found.take()
+
+
 def keep_freed() -> bool:
     """Have the C library keep the memory that is freed, for the next results of this process; false where it is not
     glibc. For training, whose steps need the same memory each time.

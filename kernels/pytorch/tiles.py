@@ -6,23 +6,19 @@ Operands are passed by address and read where they lie, transposed or not. Other
 
 from __future__ import annotations
 
-import threading
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from telechat_twins.kernels.pytorch import cpu as torch_cpu
+from telechat_twins.kernels.pytorch.attention_in_cpp import run
 from telechat_twins.kernels.pytorch.in_cpp import column_sum
-from telechat_twins.kernels.pytorch.room import empty
-
-if TYPE_CHECKING:
-    from telechat_twins.kernels.cpu.engine import Call
+from telechat_twins.kernels.pytorch.room import empty, take_place
 
 _state = {"serves": False}
-_prepared = threading.local()  # its ``calls``: by turn_a, turn_w and whether there is a bias
 
 
 def obstacle() -> str:
@@ -56,6 +52,11 @@ def choose(implementation: str) -> None:
         choose_split(implementation == "amx")
 
 
+def serves(x: Tensor) -> bool:
+    """Whether products with x are computed here."""
+    return _state["serves"] and x.dtype == torch.float32 and x.is_cpu
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x [..., in] @ weight [out, in]^T + bias [out]; all float32, or as torch_cpu.linear."""
     if not _state["serves"] or x.dtype != torch.float32 or not x.numel() or not weight.numel():
@@ -66,48 +67,52 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 
 def linear_backward(
-    grad: Tensor, x: Tensor | None, weight: Tensor, needs: tuple[bool, bool, bool]
+    grad: Tensor, x: Tensor | None, weight: Tensor, needs: tuple[bool, bool, bool], bias: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, weight and bias where ``needs`` wants them: dy W, dy^T x and the sum of dy over the rows."""
+    """Gradients of x, weight and bias where ``needs`` wants them: dy W, dy^T x and the sum of dy over the rows.
+
+    Those of weight and ``bias`` in their places, if they have any (room.GradientPlace)."""
     if not _state["serves"] or grad.dtype != torch.float32 or not grad.numel() or not weight.numel():
         return torch_cpu.linear_backward(grad, x, weight, needs)
     rows = grad.reshape(-1, grad.shape[-1])
     return (
         _product(rows, weight, turn_w=True).view(*grad.shape[:-1], weight.shape[1]) if needs[0] else None,
-        _product(rows, x.reshape(-1, x.shape[-1]), turn_a=True, turn_w=True) if needs[1] and x is not None else None,
-        column_sum(rows) if needs[2] else None,
+        _product(rows, x.reshape(-1, x.shape[-1]), turn_a=True, turn_w=True, out=take_place(weight))
+        if needs[1] and x is not None
+        else None,
+        column_sum(rows, None if bias is None else take_place(bias)) if needs[2] else None,
     )
 
 
-def _product(a: Tensor, w: Tensor, bias: Tensor | None = None, turn_a: bool = False, turn_w: bool = False) -> Tensor:
-    """a [m, k] @ w [n, k]^T + bias [n]; with ``turn_a`` a is [k, m], with ``turn_w`` w is [k, n]."""
-    from telechat_twins.kernels.cpu.engine import describe_view
+def added_products(grads: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """The sum of dy [..., out] @ weight [out, in] over several pairs, in their order: [..., in]."""
+    rows = [grad.reshape(-1, grad.shape[-1]).contiguous() for grad in grads]
+    total = _product(rows[0], weights[0], turn_w=True)
+    for dy, weight in zip(rows[1:], weights[1:], strict=True):
+        run("matmul_add", (total, dy, weight.contiguous()), (), ())
+    return total.view(*grads[0].shape[:-1], -1)
 
-    a, w = a.detach().contiguous(), w.detach().contiguous()
+
+def _product(
+    a: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    turn_a: bool = False,
+    turn_w: bool = False,
+    out: Tensor | None = None,
+) -> Tensor:
+    """a [m, k] @ w [n, k]^T + bias [n]; with ``turn_a`` a is [k, m], with ``turn_w`` w is [k, n]. ``out``: where the
+    product goes, contiguous float32 [m, n]."""
+    a, w = a.contiguous(), w.contiguous()
     (m, k), (n, inner) = a.shape[:: -1 if turn_a else 1], w.shape[:: -1 if turn_w else 1]
-    if k != inner or any(x.dtype != torch.float32 or x.device.type != "cpu" for x in (a, w)):
+    if k != inner or a.dtype != torch.float32 or w.dtype != torch.float32 or not a.is_cpu or not w.is_cpu:
         found = f"{tuple(w.shape)} {w.dtype} on {w.device}"
         raise ValueError(f"weight: {found}, needs inner length {k}, float32 and the CPU")
-    call = _call(turn_a, turn_w, bias is not None)
-    out = empty((m, n), a.dtype)
-    describe_view(call.inputs[0], a.data_ptr(), a.shape, "float32")
-    describe_view(call.inputs[1], w.data_ptr(), w.shape, "float32")
-    describe_view(call.outputs[0], out.data_ptr(), out.shape, "float32")
     if bias is not None:
-        bias = bias.detach().contiguous()
+        bias = bias.contiguous()
         if bias.dtype != torch.float32 or tuple(bias.shape) != (n,):
             raise ValueError(f"bias: {tuple(bias.shape)} {bias.dtype}, needs {(n,)} in float32")
-        describe_view(call.inputs[2], bias.data_ptr(), bias.shape, "float32")
-    call.run()
+    if out is None:
+        out = empty((m, n), torch.float32)
+    run("matmul", (a, w, w if bias is None else bias), (out,), (turn_a, turn_w, bias is not None))
     return out
-
-
-def _call(turn_a: bool, turn_w: bool, has_bias: bool) -> Call:
-    """The prepared call of this thread: views are set before every run, so threads cannot share one."""
-    from telechat_twins.kernels.cpu.engine import Call
-
-    calls = _prepared.__dict__
-    key = f"{turn_a} {turn_w} {has_bias}"
-    if key not in calls:
-        calls[key] = Call("matmul", 3, 1, (turn_a, turn_w, has_bias))
-    return calls[key]

@@ -208,11 +208,12 @@ def gradients_overwritten(backend: str) -> Iterator[Change]:
         return
     hook = buckets._hook
 
-    def faulty_hook(self: Any, name: str, number: int, accumulator: Any) -> Callable[[Any], None]:
-        take = hook(self, name, number, accumulator)
+    def faulty_hook(self: Any, name: str, number: int, accumulator: Any, place: Any) -> Callable[[Any], None]:
+        take = hook(self, name, number, accumulator, place)
 
         def faulty(weight: Any) -> None:
-            accumulator.zero_()
+            if self._seen.get(name):
+                accumulator.zero_()
             take(weight)
 
         return faulty

@@ -17,7 +17,7 @@ from telechat_twins.core.parity.bounds import relative_frobenius
 from telechat_twins.kernels import reference
 from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.cpu import ops
-from telechat_twins.kernels.cpu.products import adapted, adapted_backward
+from telechat_twins.kernels.cpu.products import adapted, adapted_backward, matmul_add
 from tests.support.cpu_attention_checks import attention, pages, ring, stray_nan
 from tests.support.cpu_kernel_limits import F32, HALF, UNIT, UNITS, WIDTHS, Finding, judged
 
@@ -281,6 +281,10 @@ def products(rng: np.random.Generator) -> Iterator[Finding]:
                         yield judged(name, ops.matmul(*given, None, turn_a, turn_w), plain)
                         added = lambda kind: plain(kind) + bias.astype(kind)  # noqa: E731
                         yield judged(f"{name} bias", ops.matmul(*given, bias, turn_a, turn_w), added)
+                        if turn_w and not turn_a:
+                            total = np.broadcast_to(bias, (m, n)).copy()
+                            matmul_add(total, *given)
+                            yield judged(f"{name} to a matrix", total, added)
                     else:
                         yield judged(name, ops.matmul_bf16(*given, F32, turn_a, turn_w), plain)
 

@@ -42,6 +42,7 @@ WRITERS: dict[str, tuple[np.ndarray, Callable[[np.ndarray], Any]]] = {
     "gate": (GATE, lambda x: ops.swiglu_backward(GRAD, x, UP.copy(), in_place=True)),
     "up": (UP, lambda x: ops.swiglu_backward(GRAD, GATE.copy(), x, in_place=True)),
     "logits": (GATE, loss),
+    "c": (GATE, lambda x: products.matmul_add(x, random(5, 6), random(6, 8))),
     "dx": (GATE, lambda x: adapter(dx=x)),
     "dread": (GATE, lambda x: adapter(dread=x)),
     "pages": (PAGES, lambda x: ops.store_rows(x, ROWS[0], np.arange(5, 8))),
