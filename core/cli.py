@@ -9,7 +9,6 @@ import math
 import os
 import re
 import sys
-import tomllib
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -278,6 +277,8 @@ def version() -> str:
     """The version: from pyproject.toml in a checkout, else from the installed package."""
     source = ROOT / "pyproject.toml"
     if source.is_file():
+        import tomllib
+
         return tomllib.loads(source.read_text(encoding="utf-8"))["project"]["version"]
     from importlib.metadata import version as installed
 

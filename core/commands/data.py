@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import gc
 import os
 import sys
 
@@ -25,6 +27,7 @@ from telechat_twins.core.shown import message_line, printable
 from telechat_twins.core.types import JsonObject
 
 TEMPLATE_HELP = "builtin: TeleChat2's layout although the tokenizer's folder has a chat template that differs"
+_kept: list[Tokenizer] = []
 EPILOG = """\
 examples:
   tele data corpus/ 'more/*.jsonl.gz' --tokenizer tokenizer.model --out data/pretrain
@@ -140,7 +143,16 @@ def run(args: argparse.Namespace) -> int:
         _pack(args, tokenizer, reading)
         _print_reading(args, reading)
         _print_samples(args, tokenizer)
+    _keep(tokenizer)
     return 0
+
+
+def _keep(tokenizer: Tokenizer) -> None:
+    """Leave the tokenizer to the system when the process ends: to free its pieces one by one takes as long as to load
+    them, and what is frozen is neither freed nor looked through."""
+    _kept[:] = [tokenizer]
+    atexit.unregister(gc.freeze)
+    atexit.register(gc.freeze)
 
 
 def _check_special(args: argparse.Namespace, tokenizer: Tokenizer) -> None:

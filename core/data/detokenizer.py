@@ -46,6 +46,8 @@ class Decoder(Protocol):
 
     def flush(self) -> str: ...
 
+    def push_all(self, ids: Sequence[int], /) -> str: ...
+
     def restart_count(self) -> None: ...
 
 
@@ -91,6 +93,13 @@ class StreamDecoder:
         """What was held back, at the end of the text."""
         held, self._bytes = self._bytes, []
         return self._release(held)
+
+    def push_all(self, ids: Sequence[int]) -> str:
+        """The text of many ids, none of them silent, with all that is held back: ``push`` of each and ``flush``."""
+        held, self._bytes = self._bytes, []
+        text = self._release([*held, *ids])
+        self.start = self.length
+        return text
 
     def restart_count(self) -> None:
         """Count ``length`` and ``start`` from here."""
@@ -158,6 +167,14 @@ class ByteDecoder:
         text = self._decoder.decode(b"", final=True)
         self._decoder.reset()
         self.length += len(text)
+        return text
+
+    def push_all(self, ids: Sequence[int]) -> str:
+        """The text of many ids, none of them silent, with all that is held back: ``push`` of each and ``flush``."""
+        text = self._decoder.decode(b"".join(map(self._tokenizer.token_bytes, ids)), final=True)
+        self._decoder.reset()
+        self.length += len(text)
+        self.start = self.length
         return text
 
     def restart_count(self) -> None:

@@ -6,9 +6,9 @@ import contextlib
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-from tqdm import tqdm
 
 from telechat_twins.core.data.chat_layout import ChatLayout
 from telechat_twins.core.data.control import START
@@ -44,6 +44,12 @@ from telechat_twins.core.data.sft import (
 from telechat_twins.core.data.tokenizer import Tokenizer
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
+
+
+class Bar(Protocol):
+    """What is told of bytes that were read."""
+
+    def update(self, n: float = 1) -> object: ...
 
 
 def pack_text(
@@ -99,7 +105,7 @@ def pack_text(
         return writer.finish({**facts, "documents_without_end": unended} if tokens else facts)
 
 
-def _copy_tokens(files: Sequence[Path], writer: PackedWriter, tokenizer: Tokenizer, bar: tqdm) -> int:
+def _copy_tokens(files: Sequence[Path], writer: PackedWriter, tokenizer: Tokenizer, bar: Bar) -> int:
     """Write the documents of token files; the number of those that do not end with <_end>."""
     unended = 0
     for file in files:
@@ -234,11 +240,16 @@ def _deepspeed(
 
 
 @contextlib.contextmanager
-def progress_bar(what: str, total: int, quiet: bool) -> Iterator[tqdm]:
+def progress_bar(what: str, total: int, quiet: bool) -> Iterator[Bar]:
     """A progress bar over input bytes with rate and time left; rarely refreshed where the output is not a terminal.
 
     There it also waits before it first shows, so that in a log a mistake found at once is one line.
     """
+    if quiet:
+        yield _Quiet()
+        return
+    from tqdm import tqdm  # which takes a twentieth of the start
+
     watched = sys.stderr.isatty()
     interval = 0.2 if watched else 10.0
     with tqdm(
@@ -247,9 +258,13 @@ def progress_bar(what: str, total: int, quiet: bool) -> Iterator[tqdm]:
         unit="B",
         unit_scale=True,
         unit_divisor=1024,
-        disable=quiet,
         mininterval=interval,
         delay=0.0 if watched else interval,
     ) as bar:
         yield bar
         bar.delay = 0.0  # all went well: the last state is shown, however short the work was
+
+
+class _Quiet:
+    def update(self, n: float = 1) -> None:
+        """Show nothing."""

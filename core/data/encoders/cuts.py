@@ -30,9 +30,11 @@ _WINDOW = 4096  # characters at the end of a text that are looked at first
 
 # Of sentencepiece_model.proto: ModelProto, TrainerSpec, NormalizerSpec.
 _PIECE = 1 << 3 | 2
+_SCORE_BYTES, _TYPE_BYTES = 5, 2  # key and value
 _TRAINER, _NORMALIZER = 2, 3
 _MODEL_TYPE, _BPE, _SPACE_AS_SUFFIX, _BYTE_FALLBACK = 3, 2, 24, 35
 _NAME, _CHARACTER_MAP, _DUMMY_PREFIX, _EXTRA_SPACES, _ESCAPED_SPACES = 1, 2, 3, 4, 5
+_FEW = 1024  # pieces that are read one by one
 # Concatenated messages merge: this sets NormalizerSpec.add_dummy_prefix to false.
 WITHOUT_PREFIX = bytes((_NORMALIZER << 3 | 2, 2, _DUMMY_PREFIX << 3, 0))
 
@@ -68,20 +70,55 @@ class Specs:
         return bool(keeps) and self.normalizer.get(_NAME) == b"identity" and not self.normalizer.get(_CHARACTER_MAP)
 
 
-def read_specs(data: bytes) -> Specs:
-    """The specs of a serialized ModelProto; ValueError for bytes that are not one."""
+def read_specs(data: bytes, pieces: Sequence[str] = (), special: np.ndarray | None = None) -> Specs:
+    """The specs of a serialized ModelProto; ValueError for bytes that are not one.
+
+    ``pieces``, and for each of them in ``special``, bool, whether it is a control, unknown or byte piece: they save the
+    reading of the pieces one by one, where the bytes show that these are they.
+    """
     specs: dict[int, Message] = {_TRAINER: {}, _NORMALIZER: {}}
-    start = 0
-    # The pieces come first, nearly all with a size of one byte: a hundred thousand of them are passed over quickly.
-    while start + 2 < len(data) and data[start] == _PIECE:
-        low, high = data[start + 1], data[start + 2]
-        if low >= 0x80 <= high:
-            break
-        start += 2 + low if low < 0x80 else 3 + (low & 0x7F | high << 7)
+    # The pieces come first, those of a user's own among the first of them.
+    start = _passed(data, 0, _FEW)
+    if special is not None:
+        start = _passed_at_once(data, start, pieces[_FEW:], special[_FEW:])
+    start = _passed(data, start, len(data))
     for number, value in fields(data[start:]):
         if number in specs and isinstance(value, bytes):
             specs[number] |= dict(fields(value))
     return Specs(specs[_TRAINER], specs[_NORMALIZER])
+
+
+def _passed(data: bytes, start: int, most: int) -> int:
+    """Where a serialized ModelProto goes on behind the pieces from ``start`` on, or behind ``most`` of them."""
+    for _ in range(most):
+        if start + 2 >= len(data) or data[start] != _PIECE:
+            break
+        low, high = data[start + 1], data[start + 2]
+        if low >= 0x80 <= high:
+            break
+        start += 2 + low if low < 0x80 else 3 + (low & 0x7F | high << 7)
+    return start
+
+
+def _passed_at_once(data: bytes, start: int, pieces: Sequence[str], special: np.ndarray) -> int:
+    """``_passed`` of just these pieces, if each has a name, a score and, of the ``special`` ones alone, a type: then
+    where each should begin, its size is the one that it should have. Else ``start``."""
+    names = np.frombuffer("\0".join([*pieces, ""]).encode(), np.uint8)
+    ends = np.flatnonzero(names == 0)
+    if len(ends) != len(pieces) or not pieces:  # the first: NUL in a name
+        return start
+    lengths = np.diff(ends, prepend=-1) - 1
+    sizes = lengths + np.where(lengths < 0x80, 2, 3) + _SCORE_BYTES + _TYPE_BYTES * special
+    several = sizes >= 0x80
+    heads = 2 + several
+    after = start + np.cumsum(sizes + heads)
+    if after[-1] > len(data):
+        return start
+    found, begins = np.frombuffer(data, np.uint8), after - sizes - heads
+    same = found[begins] == _PIECE
+    same &= found[begins + 1] == np.where(several, sizes & 0x7F | 0x80, sizes)
+    same[several] &= found[begins[several] + 2] == sizes[several] >> 7
+    return int(after[-1]) if same.all() else start
 
 
 class Cutter:
@@ -94,11 +131,13 @@ class Cutter:
         codes = _codes("\0" + "\0".join([piece for piece in pieces if len(piece) > 1]))
         met = np.zeros(_CODES, bool)
         met[codes] = True
-        if np.count_nonzero(met) > _LETTERS:
+        self._width = int(np.count_nonzero(met))
+        if self._width > _LETTERS:
             raise ValueError(f"more than {_LETTERS} different characters in pieces of several")
-        self._number = np.where(met, np.cumsum(met, dtype=np.int32) - 1, 0).astype(np.int32, copy=False)
-        self._width = int(self._number.max()) + 1
-        places = self._number[codes].astype(np.int64)
+        self._number = np.cumsum(met, dtype=np.int16)  # numbers and their pairs fit into 15 and 30 bits
+        self._number -= 1
+        self._number *= met
+        places = self._number[codes].astype(np.int32)
         left, right = places[:-1], places[1:]
         pairs = (left * self._width + right)[(left > 0) & (right > 0)]
         self._joined = np.zeros(self._width**2 // 8 + 1, np.uint8)
@@ -157,7 +196,7 @@ class Cutter:
 
     def _free(self, codes: np.ndarray, numbers: np.ndarray) -> np.ndarray:
         """Whether a text may be cut in front of each character but the first."""
-        pairs = numbers[:-1].astype(np.int64) * self._width + numbers[1:]
+        pairs = np.multiply(numbers[:-1], self._width, dtype=np.int64) + numbers[1:]
         free = (self._joined[pairs >> 3] >> (pairs & 7).astype(np.uint8) & 1) == 0
         if self._known is not None:
             certain = self._known[codes]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import threading
 from collections.abc import Iterable, Sequence
+from itertools import compress
 from pathlib import Path
 
 import numpy as np
@@ -217,31 +219,43 @@ class SentencePieceTokenizer:
     @functools.cached_property
     def _specs(self) -> Specs:
         try:
-            return read_specs(self.model_bytes)
+            return read_specs(self.model_bytes, self._names, self._special_pieces)
         except ValueError:  # a file that only the library can read is not cut
             return Specs({}, {})
 
     @functools.cached_property
     def _cutter(self) -> Cutter | None:
-        pieces = self._pieces
+        return make_cutter(self._specs, list(compress(self._names, (~self._special_pieces).tobytes())))
+
+    @functools.cached_property
+    def _special_pieces(self) -> np.ndarray:
+        """Whether text does not become a piece: those of control, of one byte, and the unknown one, bool."""
         ids = list(range(self.vocab_size))
-        every = zip(self._names, pieces.is_control(ids), pieces.is_byte(ids), pieces.is_unknown(ids), strict=True)
-        return make_cutter(
-            self._specs, [name for name, control, byte, unknown in every if not (control or byte or unknown)]
-        )
+        special = np.frombuffer(bytes(self._pieces.is_control(ids)), bool)
+        special = special | np.frombuffer(bytes(self._pieces.is_byte(ids)), bool)
+        special[self._pieces.unk_id()] = True
+        return special
 
     @functools.cached_property
     def _inner(self) -> sentencepiece.SentencePieceProcessor:
         """The same model without the space in front of a text."""
+        if not self._specs.adds_prefix:
+            return self._pieces
         return sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes + WITHOUT_PREFIX)
 
     @functools.cached_property
     def _words(self) -> Words | None:
         """Encodes word by word; None for a model without exact cuts."""
-        if self._cutter is None:
+        if not self._specs.is_bpe:
+            return None
+        reading = threading.Thread(target=lambda: self._inner)  # while Python goes on
+        reading.start()
+        cutter = self._cutter
+        reading.join()
+        if cutter is None:
             return None
         # Unless told, SentencePiece starts as many threads for every batch as the machine has processors.
-        return Words(self._cutter, functools.partial(self._inner.encode, num_threads=1))
+        return Words(cutter, functools.partial(self._inner.encode, num_threads=1))
 
     def _joined(self, ids: list[int]) -> str:
         out, segment, after_special = "", [], False

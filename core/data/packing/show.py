@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -61,14 +62,17 @@ def marked(ids: np.ndarray, targets: np.ndarray, tokenizer: Tokenizer) -> str:
     CLOSE."""
     parts: list[str] = []
     decoder, inside = tokenizer.stream(), False
-    for index, target in zip(ids.tolist(), targets.tolist(), strict=True):
-        if target != inside:
-            parts += [decoder.flush(), OPEN if target else CLOSE]
-            inside = target
-        if tokenizer.is_silent(index):
+    silent = np.isin(ids, [index for index in np.unique(ids).tolist() if tokenizer.is_silent(index)])
+    # Runs of ids that write text and have one target, and each other id alone.
+    begins = np.flatnonzero(np.diff(targets, prepend=~targets[:1]) | np.diff(silent, prepend=~silent[:1]) | silent)
+    for begin, end in pairwise([*begins.tolist(), len(ids)]):
+        if targets[begin] != inside:
+            parts.append(CLOSE if inside else OPEN)
+            inside = not inside
+        if silent[begin]:
             # The layout encodes what stands between two control tokens on its own.
-            parts += [decoder.flush(), tokenizer.piece(index)]
+            parts.append(tokenizer.piece(int(ids[begin])))
             decoder = tokenizer.stream()
         else:
-            parts.append(decoder.push(index))
-    return "".join([*parts, decoder.flush(), CLOSE * inside])
+            parts.append(decoder.push_all(ids[begin:end].tolist()))
+    return "".join([*parts, CLOSE * inside])

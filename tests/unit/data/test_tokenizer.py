@@ -112,6 +112,17 @@ def test_stream_gives_the_same_text_in_pieces(text):
     assert "".join(shown) + stream.flush() == tokenizer.decode(ids)
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.lists(st.integers(0, tiny_tokenizer().vocab_size - 1), max_size=30), st.integers(0, 30))
+def test_many_ids_at_once_write_what_they_write_one_by_one(ids, place):
+    tokenizer = tiny_tokenizer()
+    one, many = tokenizer.stream(), tokenizer.stream()
+    for part in (ids[:place], ids[place:]):
+        heard = [i for i in part if not tokenizer.is_silent(i)]
+        assert "".join(map(one.push, heard)) + one.flush() == many.push_all(heard)
+        assert one.length == many.length
+
+
 def test_stream_holds_an_unfinished_character_back():
     tokenizer = tiny_tokenizer()
     stream = tokenizer.stream()

@@ -111,6 +111,27 @@ def test_long_texts_encode_as_the_whole_or_are_not_cut(tmp_path, monkeypatch, na
             assert [*left, *right] == library.encode(text)
 
 
+@pytest.mark.parametrize("few", [0, 8, 1024])
+def test_pieces_are_passed_over_at_once_only_where_the_bytes_show_them(tmp_path, monkeypatch, few):
+    monkeypatch.setattr(cuts, "_FEW", few)
+    options = {"control_symbols": ["<c>"], "user_defined_symbols": ["中" * 60], "byte_fallback": True}
+    path = trained(tmp_path, "x", **options)
+    tokenizer, data = load_tokenizer(path, "none"), path.read_bytes()
+    names, special = tokenizer._names, tokenizer._special_pieces
+    own = {i for i, name in enumerate(names) if name in ("<c>", "<s>", "</s>", "<unk>") or tokenizer.byte_of(i)}
+    assert own <= {*np.flatnonzero(special)} and len(own) >= 259
+    begin, end = cuts._passed(data, 0, few), cuts._passed(data, 0, len(data))
+    if few == 8:  # behind the user's own, which has a type and is not special
+        assert cuts._passed_at_once(data, begin, names[few:], special[few:]) == end > begin
+    if few == 0:
+        assert cuts._passed_at_once(data, begin, names, special) == begin
+    for wrong in ([*names[:-1], names[-1] + "x"], [*names, "x"], [], ["\0", *names[1:]]):
+        flags = np.resize(special, len(wrong)) if wrong else special[:0]
+        assert read_specs(data, wrong, flags) == read_specs(data)
+    assert read_specs(data, names, special) == read_specs(data, names, ~special) == read_specs(data)
+    assert read_specs(data[: end - 3], names, special) == read_specs(data[: end - 3])
+
+
 @settings(max_examples=150, deadline=None)
 @given(TEXTS)
 def test_any_text_encodes_as_the_whole(text):
