@@ -22,6 +22,7 @@ _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 divided by the golden ratio:
 _IDS = 1 << 20  # ids of short words that are kept at most
 _LONG = 32  # characters of a longer word that is remembered
 _WORDS = 1 << 17  # longer words remembered at most; about 25 MB
+_KEPT = 24 << 20  # bytes of freed arrays that the process keeps for the next
 _CHARACTERS = 1 << 18  # of texts that are worked on at once; some 60 bytes of arrays for each
 
 Encode = Callable[[list[str]], list[list[int]]]
@@ -38,6 +39,9 @@ class Words:
         self._long: dict[str, bytes] = {}
         self._ids: np.ndarray  # of the short words, one word's after the other's
         self._forget()
+        # The GNU C library maps, and gives back, arrays anew each time that are larger than any that was freed before,
+        # up to 32 MB: a page fault for each 4 KB of arrays that live for a moment. This one is never touched.
+        np.empty(_KEPT, np.uint8)
 
     def encode(self, texts: Sequence[str]) -> list[np.ndarray]:
         """int32 ids of each text."""
