@@ -266,3 +266,24 @@ def test_an_end_leaves_no_process(number: signal.Signals, tmp_path: Path) -> Non
     assert "Traceback" not in said
     if number != signal.SIGKILL:
         assert [path.name for path in tmp_path.iterdir()] == ["long.jsonl"]
+
+
+ENCODES = """
+import resource, sys
+from telechat_twins.core.data.encoders import words
+from telechat_twins.core.data.tokenizer import load_tokenizer
+words._KEPT = int(sys.argv[2]) or words._KEPT
+tokenizer, faults = load_tokenizer(sys.argv[1]), []
+for _ in range(9):
+    tokenizer.encode_batch(["The quick brown fox. \\n" * 24_000])
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+print(faults[-1] - faults[3])
+"""
+
+
+@pytest.mark.parametrize("kept", [0, 1])
+def test_the_arrays_of_a_task_lie_where_those_of_the_last_one_lay(kept):
+    """And with too small an array freed before them (1) they do not: each is mapped anew."""
+    words = [sys.executable, "-c", ENCODES, str(tiny_tokenizer_path()), str(kept)]
+    found = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert (int(found.stdout) < 5000) == (kept == 0)
