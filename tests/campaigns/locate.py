@@ -31,7 +31,8 @@ OTHER = {"ms": "pt", "pt": "ms"}
 
 def catalogue() -> dict[str, Fault]:
     """All faults by name."""
-    from tests.campaigns import locate_catalogue as locate_catalogue  # enters them
+    from tests.campaigns import locate_catalogue as locate_catalogue  # enters them, as the next does
+    from tests.campaigns import locate_step_faults as locate_step_faults
     from tests.campaigns.located_faults import CATALOGUE
 
     return CATALOGUE
