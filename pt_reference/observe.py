@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import cache
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from telechat_twins.core.parity.record.taps import Place, Taps, TensorOps
@@ -38,7 +40,12 @@ def _values(x: Tensor) -> np.ndarray:
 
 
 def _dtype(x: Tensor) -> str:
-    return str(x.dtype).removeprefix("torch.")
+    return _name(x.dtype)
+
+
+@cache
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _watch(x: Tensor, hook: Callable[[Tensor | None], None]) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, suppress
+from functools import cache
 
 import mindspore as ms
 import numpy as np
@@ -36,7 +38,8 @@ def observed(stages: Sequence[Decoder], see: See) -> AbstractContextManager[None
             f"MindSpore {ms.__version__} has no autograd engine that keeps a forward pass, and a pass that runs twice "
             "cannot be recorded; record with MindSpore 2.9 or 2.10"
         )
-    return Taps(stages, see, TensorOps(_values, _dtype, _watch)).placed(PLACES)
+    values = _values_in_place if ms.get_context("device_target") == "CPU" else _values
+    return Taps(stages, see, TensorOps(values, _dtype, _watch)).placed(PLACES)
 
 
 def _values(x: Tensor) -> np.ndarray:
@@ -45,8 +48,22 @@ def _values(x: Tensor) -> np.ndarray:
     return array
 
 
+def _values_in_place(x: Tensor) -> np.ndarray:
+    """As ``_values`` of a tensor of the CPU, on its own storage where that can be, while ``x`` lives: asnumpy copies
+    half of what operators made. data_ptr waits for the operator that makes x."""
+    if x.itemsize == 2 or not x.size or not x.is_contiguous():
+        return _values(x)
+    storage = (ctypes.c_char * (x.size * x.itemsize)).from_address(x.data_ptr())
+    return np.frombuffer(storage, _dtype(x)).reshape(x.shape)
+
+
 def _dtype(x: Tensor) -> str:
-    return str(x.dtype).lower()
+    return _name(x.dtype)
+
+
+@cache
+def _name(dtype: ms.Type) -> str:
+    return str(dtype).lower()
 
 
 def _watch(x: Tensor, hook: Callable[[Tensor | None], None]) -> None:

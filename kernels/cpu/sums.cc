@@ -14,6 +14,7 @@ namespace {
 constexpr int kRows = 128, kGroup = 4, kGroups = kRows / kGroup;  // rows of a block of the hash; with one shift
 constexpr int64_t kTile = 1024;  // columns: a block of them stays in a processor's second cache
 constexpr int kLanes = 8, kMostBuckets = 256;
+constexpr int kAhead = 4;  // groups of rows between the one that is added and the one that is fetched meanwhile
 constexpr double kLargest = 1e150;
 
 typedef double vd __attribute__((vector_size(kLanes * 8)));
@@ -82,8 +83,8 @@ struct Room {
 };
 
 // room.joined = the sum of N rows with their signs, times the columns' signs; adds to the lanes' sums and, of the first
-// ``m`` columns, extremes. ``next``: N rows that come after these, fetched meanwhile: the rows of a block are read in a
-// random order, which no processor foresees.
+// ``m`` columns, extremes. ``next``: N rows that come later, fetched meanwhile into the second cache (the first has too
+// few lines under way): the rows of a block are read in a random order, which no processor foresees.
 template <int N, bool EXTREMES>
 void join(const float *const *rows, const float *const *next, const double *signs, const float *columns, int64_t m,
           Room &room, Lanes &given) {
@@ -106,7 +107,7 @@ void join(const float *const *rows, const float *const *next, const double *sign
   int64_t j = 0;
   for (; j + kLanes <= m; j += kLanes) {
     if (!(j & kLanes))
-      for (int r = 0; r < N; r++) __builtin_prefetch(after[r] + j);
+      for (int r = 0; r < N; r++) __builtin_prefetch(after[r] + j, 0, 2);
     step(at, j, columns + j, room.joined + j);
   }
   if (j < m) {  // lanes beyond the last column repeat it for the extremes, and are 0 in the sums
@@ -136,8 +137,10 @@ double total(const vd *lanes, int rows) {
   return sum;
 }
 
-// Rows of a tile, in the order in which they are added: ``count`` groups of one row, or of kGroup.
+// Rows [begin, end) of one block of the hash and columns [left, left + m), in the order in which they are added:
+// ``count`` groups of one row, or of kGroup.
 struct Tile {
+  int64_t begin, end, left, m;
   const float *rows[kRows];
   double signs[kRows];
   bool there[kRows];
@@ -177,20 +180,22 @@ struct Matrix {
   Keys keys;
   void *blocks;  // [rows / height, blocks_stride], none without block sums
   bool narrow;   // they are float32
+  bool fresh;    // and are written: each of them is one row's, and all are made here
   int64_t blocks_stride, height, width, first_block;
 
   int64_t number(int64_t i) const { return in_turn ? numbers[0] + i : numbers[i]; }
 
-  // One pass over a tile; false where its squares are not below kLargest.
+  // One pass over a tile; false where its squares are not below kLargest. ``after``: rows of the tile that comes next.
   template <bool EXTREMES>
-  bool pass(const Tile &tile, int64_t left, int64_t m, Room &room, Lanes &lanes) const {
+  bool pass(const Tile &tile, const float *const *after, Room &room, Lanes &lanes) const {
+    const int64_t left = tile.left, m = tile.m;
     std::fill(std::begin(lanes.squares), std::end(lanes.squares), vd{});
     std::fill(std::begin(lanes.sums), std::end(lanes.sums), vd{});
     std::fill(room.added, room.added + 2 * buckets, 0.0);
     for (int g = 0; g < tile.count; g++) {
       const int first = g * tile.group;
       const float *const *rows = tile.rows + first;
-      const float *const *next = g + 1 < tile.count ? rows + tile.group : rows;
+      const float *const *next = g + kAhead < tile.count ? rows + kAhead * tile.group : after + (g + kAhead - tile.count) * tile.group;
       const double *signs_of = tile.signs + first;
       if (tile.group == 1) {
         join<1, EXTREMES>(rows, next, signs_of, signs + left, m, room, lanes);
@@ -210,28 +215,34 @@ struct Matrix {
     return total(lanes.squares, tile.group) < kLargest;
   }
 
-  // Rows [first, last) of one block of the hash, columns [left, left + m).
-  void add(int64_t first, int64_t last, int64_t left, int64_t m, Room &room, Sums &out) const {
-    const uint64_t block = number(first) / kRows, factor = mixed(keys.blocks, block);
+  // The tile at ``tile``'s begin, end, left and m.
+  void lay(Tile &tile, const Room &room) const {
+    const uint64_t block = number(tile.begin) / kRows, factor = mixed(keys.blocks, block);
     const uint8_t mask = static_cast<uint8_t>(buckets - 1);
-    Tile tile{};
-    tile.group = last - first <= kGroups ? 1 : kGroup;
-    tile.count = tile.group == 1 ? last - first : kGroups;
+    const int64_t n = tile.end - tile.begin;
+    tile.group = n <= kGroups ? 1 : kGroup;
+    tile.count = tile.group == 1 ? n : kGroups;
     std::fill(tile.rows, tile.rows + kRows, room.zeros);
+    std::fill(tile.signs, tile.signs + kRows, 0.0);  // a row of zeros times what was in the memory may be no number
+    std::fill(tile.there, tile.there + kRows, false);
     for (int g = 0; tile.group > 1 && g < kGroups; g++) tile.shifts[g] = mixed(keys.shifts, block * kGroups + g) >> 32 & mask;
-    for (int64_t i = first; i < last; i++) {
+    for (int64_t i = tile.begin; i < tile.end; i++) {
       const uint64_t row = number(i), place = (row * ((factor & (kRows - 1)) | 1) + (factor >> 32)) & (kRows - 1);
-      const int64_t slot = tile.group == 1 ? i - first : place;
-      tile.rows[slot] = data + i * stride + left, tile.there[slot] = true;
+      const int64_t slot = tile.group == 1 ? i - tile.begin : place;
+      tile.rows[slot] = data + i * stride + tile.left, tile.there[slot] = true;
       tile.signs[slot] = sign(mixed(keys.rows, row));
       if (tile.group == 1) tile.shifts[slot] = mixed(keys.shifts, block * kGroups + place / kGroup) >> 32 & mask;
     }
+  }
+
+  void add(Tile &tile, const float *const *after, Room &room, Sums &out) const {
+    const int64_t left = tile.left, m = tile.m;
     Lanes lanes;
     lanes.least = vs{} + std::numeric_limits<float>::infinity(), lanes.most = -lanes.least;
-    const bool fine = pass<true>(tile, left, m, room, lanes);
+    const bool fine = pass<true>(tile, after, room, lanes);
     if (!fine) {
       *out.nonfinite += without_nonfinite(tile, m, room, lanes);
-      pass<false>(tile, left, m, room, lanes);
+      pass<false>(tile, after, room, lanes);
     }
     for (int l = 0; l < kLanes; l++) {
       *out.least = std::min(*out.least, static_cast<double>(lanes.least[l]));
@@ -240,9 +251,29 @@ struct Matrix {
     *out.norm2 += total(lanes.squares, tile.group), *out.sum += total(lanes.sums, tile.group);
     for (int64_t k = 0; k < buckets; k++) out.sketch[k] += room.added[k] + room.added[k + buckets];
     if (across)
-      for (int64_t i = first; i < last; i++) out.checksum += checksum(data + i * stride + left, left, m) * (mixed(keys.down, number(i)) | 1);
+      for (int64_t i = tile.begin; i < tile.end; i++)
+        out.checksum += checksum(data + i * stride + left, left, m) * (mixed(keys.down, number(i)) | 1);
     if (blocks)
-      for (int64_t i = first; i < last; i++) add_blocks(i, left, m, fine, room);
+      for (int64_t i = tile.begin; i < tile.end; i++) add_blocks(i, left, m, fine, room);
+  }
+
+  // All tiles of rows [first, last) of ``m`` columns. The next one is laid before one is added, so that its first rows
+  // are fetched meanwhile.
+  void add_rows(int64_t first, int64_t last, int64_t m, Room &room, Sums &out) const {
+    Tile tiles[2];
+    Tile *now = &tiles[0], *next = &tiles[1];
+    const auto place = [&](Tile &tile, int64_t begin, int64_t left) {
+      tile.begin = begin, tile.left = left, tile.m = std::min(kTile, m - left), tile.end = begin + 1;
+      while (tile.end < last && number(tile.end) / kRows == number(begin) / kRows) tile.end++;
+      lay(tile, room);
+    };
+    place(*now, first, 0);
+    for (bool more = true; more; std::swap(now, next)) {
+      const bool wide = now->left + kTile < m;
+      more = wide || now->end < last;
+      if (more) place(*next, wide ? now->begin : now->end, wide ? now->left + kTile : 0);
+      add(*now, (more ? next : now)->rows, room, out);
+    }
   }
 
   uint64_t checksum(const float *row, int64_t left, int64_t m) const {
@@ -269,7 +300,9 @@ struct Matrix {
     }
     add_neighbours(row, m, width, room.joined);
     const int64_t at = number(i) / height * blocks_stride + first_block + left / width, n = m / width;
-    if (narrow)
+    if (narrow && fresh)
+      for (int64_t b = 0; b < n; b++) static_cast<float *>(blocks)[at + b] = room.joined[b];
+    else if (narrow)
       for (int64_t b = 0; b < n; b++) static_cast<float *>(blocks)[at + b] += room.joined[b];
     else
       for (int64_t b = 0; b < n; b++) static_cast<double *>(blocks)[at + b] += room.joined[b];
@@ -302,8 +335,9 @@ struct Matrix {
 // 2^64; the first row of each is then that of all chunks. The checksum is the sum of (bits + 1) * across[j] * down[i],
 // where ``across`` [m] is not empty; block sums, added to ``blocks``, float64 or float32, where that is not empty, what is
 // not finite as 0. keys: of the hashes of blocks, shifts, rows and down. Scalars:
-// height and width of a block, number of the first block in a row.
-KERNEL(record_add, 7, 3, 3) {
+// height and width of a block, number of the first block in a row, and whether float32 ``blocks`` are written, not added
+// to, as where these are all blocks of a tensor, of one row each.
+KERNEL(record_add, 7, 3, 4) {
   const View &x = in[0], &made = out[0], &blocks = out[2];
   const int64_t m = x.shape[1], width = made.shape[1], *starts = in[2].as<int64_t>();
   const uint64_t *keys = in[3].as<uint64_t>();
@@ -311,7 +345,7 @@ KERNEL(record_add, 7, 3, 3) {
   const Matrix matrix{x.as<float>(), x.stride[0], width - 5, in[1].as<int64_t>(), in_turn,
                       in[4].as<uint8_t>(), in[5].as<float>(), in[6].shape[0] ? in[6].as<uint64_t>() : nullptr,
                       {keys[0], keys[1], keys[2], keys[3]}, blocks.shape[0] ? blocks.data : nullptr, blocks.dtype == F32,
-                      blocks.shape[1], static_cast<int64_t>(scalar[0]), static_cast<int64_t>(scalar[1]), static_cast<int64_t>(scalar[2])};
+                      scalar[3] != 0, blocks.shape[1], static_cast<int64_t>(scalar[0]), static_cast<int64_t>(scalar[1]), static_cast<int64_t>(scalar[2])};
   // Two chunks may add to the same block sums unless their rows count on: the height divides a block of the hash.
   const int64_t grain = matrix.blocks && !in_turn ? made.shape[0] : 1;
   parallel(made.shape[0], grain, [&](int64_t begin, int64_t end, int) {
@@ -319,10 +353,7 @@ KERNEL(record_add, 7, 3, 3) {
     std::fill(room[0].zeros, room[0].zeros + kTile, 0.0f);
     for (int64_t c = begin; c < end; c++) {
       Sums sums(made.as<double>() + c * width, width - 5);
-      for (int64_t first = starts[c], last; first < starts[c + 1]; first = last) {
-        for (last = first + 1; last < starts[c + 1] && matrix.number(last) / kRows == matrix.number(first) / kRows;) last++;
-        for (int64_t left = 0; left < m; left += kTile) matrix.add(first, last, left, std::min(kTile, m - left), room[0], sums);
-      }
+      if (starts[c] < starts[c + 1] && m) matrix.add_rows(starts[c], starts[c + 1], m, room[0], sums);
       out[1].as<uint64_t>()[c] = sums.checksum;
     }
   });

@@ -12,7 +12,6 @@ of different layouts, backends and precisions hold the same quantities. docs/rec
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -222,7 +221,7 @@ def write_record(
         }
         if full:
             files[FULL] = write_tensors(folder / FULL, full)
-        tree = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(header), "files": files}
+        tree = {"format": FORMAT, "version": VERSION, **vars(header), "files": files}
         (folder / HEADER).write_text(json.dumps(tree, indent=1, allow_nan=False) + "\n", encoding="utf-8")
         total = sum((folder / n).stat().st_size for n in (HEADER, TRACE, TABLE, SKETCHES))
         if total > MAX_BYTES:

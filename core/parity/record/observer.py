@@ -15,7 +15,7 @@ from telechat_twins.core.config import RunConfig
 from telechat_twins.core.parallel.layout import Coord
 from telechat_twins.core.parallel.sequence import LocalBatch
 from telechat_twins.core.parallel.sharding import kv_copies, padded_rows
-from telechat_twins.core.parity.record.sites import sites
+from telechat_twins.core.parity.record.sites import Site
 from telechat_twins.core.parity.record.sketch import in_turn
 from telechat_twins.core.parity.record.tally import Tally
 from telechat_twins.core.parity.record.window import Rows
@@ -27,13 +27,15 @@ _KEYS = ("k", "v", "rope_k")  # likewise, and copied where there are more ranks 
 class Observer:
     """core.train.trainer.See of one step: adds what it is given to ``tally``.
 
-    batches: the rank's micro-batches. first: the number of their first row in the global batch. rows: the rows of the
-    global batch, from the first, that are recorded. scale: gradients are divided by it (a loss scale).
+    places: the model's sites. batches: the rank's micro-batches. first: the number of their first row in the global
+    batch. rows: the rows of the global batch, from the first, that are recorded. scale: gradients are divided by it (a
+    loss scale).
     """
 
     def __init__(
         self,
         config: RunConfig,
+        places: Sequence[Site],
         coord: Coord,
         batches: Sequence[LocalBatch],
         first: int,
@@ -44,7 +46,7 @@ class Observer:
         self._model, self._layout, self._coord, self._tally = config.model, config.parallel, coord, tally
         self._rows, self._scale = rows, scale
         self._seq_len = batches[0].seq_len
-        self._shapes = {site.name: site.shape(rows, self._seq_len) for site in sites(config.model, config.lora)}
+        self._shapes = {site.name: site.shape(rows, self._seq_len) for site in places}
         self._copies = kv_copies(self._model, self._layout)
         self._places = [batch.index for batch in batches]
         starts = np.cumsum([0, *(len(batch.input_ids) for batch in batches)])

@@ -7,10 +7,12 @@ beside the record; when all ranks have written theirs, rank 0 joins them.
 
 from __future__ import annotations
 
+import copy
 import platform
 import shutil
 from collections.abc import Callable, Collection, Iterable, Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -34,7 +36,7 @@ from telechat_twins.core.parity.record.format import (
     write_record,
 )
 from telechat_twins.core.parity.record.observer import Observer
-from telechat_twins.core.parity.record.sites import SCALARS, sites
+from telechat_twins.core.parity.record.sites import SCALARS, Site, sites
 from telechat_twins.core.parity.record.sketch import matrix_shape
 from telechat_twins.core.parity.record.sums import provided_sums
 from telechat_twins.core.parity.record.tally import (
@@ -75,8 +77,13 @@ def rows_recorded(config: RunConfig, rows: int, seq_len: int, wanted: int = 0) -
 
 
 def quantity_order(config: RunConfig, step: int) -> list[str]:
-    """Keys of all quantities that a step of a run can have, in the order of a step: weights before, forward, backward,
-    gradients, moments, weights after."""
+    """Keys of all quantities that a step of a run can have, in the order of ``_ordered``."""
+    return [quantity_key(kind, name, step) for kind, name in _ordered(config)]
+
+
+def _ordered(config: RunConfig) -> list[tuple[str, str]]:
+    """Kinds and names of a step's quantities, in its order: weights before, forward, backward, gradients, moments,
+    weights after."""
     places = [site.name for site in sites(config.model, config.lora)]
     parameters = list(run_table(config))
     kinds = {
@@ -88,7 +95,7 @@ def quantity_order(config: RunConfig, step: int) -> list[str]:
         "moment2": parameters,
         "weight_after": parameters,
     }
-    return [quantity_key(kind, name, step) for kind, names in kinds.items() for name in names]
+    return [(kind, name) for kind, names in kinds.items() for name in names]
 
 
 def fitting_sketches(config: RunConfig, steps: int = 1) -> tuple[int, dict[str, Grid]]:
@@ -103,6 +110,27 @@ def open_recorder(config: RunConfig, out: Path) -> Recorder | None:
     """The recorder of ``train.record_every``, if it is set."""
     every, rows = config.train.record_every, config.train.record_rows
     return Recorder(config, out, every=every, rows=rows) if every else None
+
+
+@dataclass(frozen=True)
+class _Common:
+    """What all recorded steps of a run have in common while its model is ``model``: its config with that and the digest
+    of it, versions of all but the framework, kinds and names in order, sites."""
+
+    model: JsonObject
+    tree: JsonObject
+    digest: str
+    versions: dict[str, str]
+    order: list[tuple[str, str]]
+    places: list[Site]
+
+    @staticmethod
+    def of(config: RunConfig, model: JsonObject) -> _Common:
+        model = copy.deepcopy(model)
+        tree = {**config.to_dict(), "model": model}
+        versions = {"telechat-twins": version(), "python": platform.python_version(), "numpy": np.__version__}
+        places = sites(config.model, config.lora)
+        return _Common(model, tree, config_digest(tree), versions, _ordered(config), places)
 
 
 class Recorder:
@@ -127,6 +155,8 @@ class Recorder:
         buckets, grids = fitting_sketches(config)
         self._windows = Windows(buckets, grids=grids)
         self._step: _RecordedStep | None = None
+        self._common: _Common | None = None
+        self._kept: dict[tuple[int, int], int] = {}  # rows recorded, by those and the length of a batch
 
     def wants(self, step: int) -> bool:
         return step in self._at or bool(self._every and step % self._every == 0)
@@ -140,9 +170,12 @@ class Recorder:
         tally = Tally(step, self._windows, full=self._full)
         tally.add_batch(batch, first)
         seq_len = batch.input_ids.shape[1]
-        kept = rows_recorded(self._config, rows, seq_len, self._rows)
+        if (kept := self._kept.get((rows, seq_len))) is None:
+            kept = self._kept[rows, seq_len] = rows_recorded(self._config, rows, seq_len, self._rows)
         notes = [] if kept == rows else [f"activations are those of the first {kept} of {rows} rows of the batch"]
-        self._step = _RecordedStep(self._config, stepper, tally, first, kept, seq_len, model, notes)
+        if self._common is None or self._common.model != model:
+            self._common = _Common.of(self._config, model)
+        self._step = _RecordedStep(self._config, stepper, tally, first, kept, seq_len, self._common, notes)
         self._step.add("weight_before", stepper.weights())
 
     def computed(self, loss: float, norm: float, loss_scale: float) -> None:
@@ -170,11 +203,11 @@ class _RecordedStep:
         first: int,
         rows: int,
         seq_len: int,
-        model: JsonObject,
+        common: _Common,
         notes: list[str],
     ) -> None:
         self.config, self.trainer, self.tally = config, trainer, tally
-        self.first, self.rows, self.seq_len, self.model, self.notes = first, rows, seq_len, model, notes
+        self.first, self.rows, self.seq_len, self.common, self.notes = first, rows, seq_len, common, notes
         self.loss: float | None = None
         self.norm: float | None = None
         trainer.observe = self._observe
@@ -182,7 +215,8 @@ class _RecordedStep:
     def _observe(self, batches: Sequence[LocalBatch], scale: float) -> AbstractContextManager[None]:
         self.tally.forget("activation", "activation_grad")  # of gradients that were discarded
         place = self.trainer.mesh.coord
-        return self.trainer.observed(Observer(self.config, place, batches, self.first, self.rows, scale, self.tally))
+        seen = Observer(self.config, self.common.places, place, batches, self.first, self.rows, scale, self.tally)
+        return self.trainer.observed(seen)
 
     def add(self, kind: str, pieces: Iterable[TensorPiece], scale: float = 1.0) -> None:
         """Add pieces of parameters, divided by ``scale``."""
@@ -224,30 +258,24 @@ class _RecordedStep:
 
     def _write(self, path: Path, tallies: Sequence[Tally], row: JsonObject) -> None:
         whole = join_tallies(tallies)
-        found = quantities(whole, quantity_order(self.config, self.tally.step))
+        found = quantities(whole, self.common.order)
         write_record(path, self._header(whole), [row], found, full_tensors(whole))
 
     def _header(self, whole: Tally) -> Header:
         config, implementation = self.config, self.trainer.implementation()
         title, _, number = implementation["backend"].partition(" ")
         names = {name: short for short, name in backends.TITLES.items()}
-        tree = {**config.to_dict(), "model": self.model}
         return Header(
             backend=names[title],
             device=implementation["device"],
             layout=config.parallel.name,
             precision=config.train.precision,
-            versions={
-                "telechat-twins": version(),
-                "python": platform.python_version(),
-                "numpy": np.__version__,
-                title: number,
-            },
-            config=tree,
+            versions={**self.common.versions, title: number},
+            config=self.common.tree,
             digests={
                 "weights": digest_of({name: str(value) for name, value in whole.checksums.items()}),
                 "batch": digest_of({str(number): digest for number, digest in whole.rows.items()}),
-                "config": config_digest(tree),
+                "config": self.common.digest,
             },
             steps=[whole.step],
             rows=self.rows,

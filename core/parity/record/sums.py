@@ -19,7 +19,7 @@ class Given(NamedTuple):
     where chunks of rows begin, and n. ``keys`` uint64 [4]: of the hashes of blocks, shifts and rows, and of the
     checksum's rows. ``buckets`` uint8 [m], ``signs`` float32 [m]: of the columns; ``width`` is K. ``across`` uint64
     [m]: the checksum's factors of the columns, [0] without a checksum. ``block``: height and width of a block, number
-    of the first one in a row.
+    of the first one in a row, and whether float32 block sums are written in place of added to what is there.
     """
 
     rows: np.ndarray
@@ -29,7 +29,7 @@ class Given(NamedTuple):
     signs: np.ndarray
     width: int
     across: np.ndarray
-    block: tuple[int, int, int]
+    block: tuple[int, int, int, bool]
 
 
 # Of a matrix [n, m], and of block sums [R, C], float64 or float32, to which its own are added, or None: float64 [K + 5]

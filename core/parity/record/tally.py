@@ -22,7 +22,7 @@ from telechat_twins.core.files.safetensors import SafetensorsFile
 from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.parity.record.format import COLUMNS, Quantity, quantity, quantity_key
 from telechat_twins.core.parity.record.sketch import Statistics, matrix_shape
-from telechat_twins.core.parity.record.window import Rows, Window, Windows, numbers_of
+from telechat_twins.core.parity.record.window import Rows, Windows, numbers_of
 
 _OPTIONAL = ("doc_ids", "weights", "reference")
 
@@ -76,7 +76,7 @@ class Tally:
         window = self.windows.of(kind, name, shape, rows, column, array.shape[1])
         entry, blocks = self.entries.get(key), None
         if window.grid is not None:
-            blocks = self._blocks(window) if entry is None else entry.blocks
+            blocks = window.new_blocks(array) if entry is None else entry.blocks
             if entry is not None and blocks is not None and blocks.dtype != window.sums_dtype:
                 blocks = entry.blocks = blocks.astype(np.float64, copy=False)
         found, check = window.add(array, blocks)
@@ -88,12 +88,6 @@ class Tally:
             self.checksums[name] = (self.checksums.get(name, 0) + check) % (1 << 64)
         if self.full and any(fnmatch.fnmatchcase(text, pattern) for pattern in self.full for text in (name, key)):
             self.parts.setdefault(key, []).append(Part(np.array(array), np.array(numbers_of(rows)), column))
-
-    @staticmethod
-    def _blocks(window: Window) -> np.ndarray:
-        """Room for the block sums of a tensor, of which ``window`` is the first part."""
-        assert window.grid is not None
-        return np.zeros(window.grid.blocks, window.sums_dtype)
 
     def add_summand(
         self, kind: str, name: str, shape: Sequence[int], dtype: str, array: np.ndarray, rows: Rows, column: int
@@ -243,17 +237,16 @@ def _add_sums(whole: Tally, tallies: Sequence[Tally]) -> None:
             whole.add(kind, name, held[0].shape, held[0].dtype, part.array, part.rows, part.column)
 
 
-def quantities(tally: Tally, order: Sequence[str]) -> list[Quantity]:
-    """The quantities of a joined tally, in the order of ``order`` (keys); RuntimeError where elements are missing or
-    counted twice, or a key is not in ``order``."""
-    place = {key: number for number, key in enumerate(order)}
-    if unknown := tally.entries.keys() - place.keys():
+def quantities(tally: Tally, order: Sequence[tuple[str, str]]) -> list[Quantity]:
+    """The quantities of a joined tally, in the order of ``order`` (kinds and names); RuntimeError where elements are
+    missing or counted twice, or a quantity is not in ``order``."""
+    places = {quantity_key(kind, name, tally.step): (kind, name) for kind, name in order}
+    if unknown := tally.entries.keys() - places.keys():
         raise RuntimeError(f"quantities without a place: {sorted(unknown)[:3]}")
     found = []
-    for key in sorted(tally.entries, key=place.__getitem__):
-        entry = tally.entries[key]
-        kind, _, rest = key.partition(":")
-        name = rest.rpartition("@")[0]
+    for key, (kind, name) in places.items():
+        if (entry := tally.entries.get(key)) is None:
+            continue
         if entry.statistics.count != math.prod(entry.shape):
             raise RuntimeError(
                 f"{key}: the ranks recorded {entry.statistics.count} elements of a tensor of shape {list(entry.shape)}"

@@ -11,7 +11,7 @@ from typing import TypeAlias
 import numpy as np
 
 from telechat_twins.core.parity.record.blocks import Grid
-from telechat_twins.core.parity.record.sketch import BUCKETS, Projection, Statistics, mixed
+from telechat_twins.core.parity.record.sketch import BUCKETS, Projection, Statistics, matrix_shape, mixed
 from telechat_twins.core.parity.record.sums import Given, Prepared, Sums
 
 Rows: TypeAlias = "range | np.ndarray"  # numbers of rows of a tensor's matrix; a range, of step 1, where they count on
@@ -39,7 +39,7 @@ class Window:
 
     def add(self, array: np.ndarray, blocks: np.ndarray | None = None) -> tuple[Statistics, int]:
         """Statistics and checksum (0 unless ``checked``) of ``array`` [n, m], of any float dtype; its block sums are
-        added to ``blocks`` [grid.blocks], float64 or ``sums_dtype``."""
+        added to ``blocks`` [grid.blocks], float64 or ``sums_dtype``, the first time those of ``new_blocks``."""
         prepared = self._prepared
         if prepared is not None and self.sums is not None and self.sums.serves(array):
             blocked = blocks is not None and self._blocked
@@ -61,6 +61,18 @@ class Window:
         and float64 where several parts are added."""
         return np.dtype(np.float32 if self._blocked and self.grid is not None and self.grid.height == 1 else np.float64)
 
+    def new_blocks(self, array: np.ndarray) -> np.ndarray:
+        """Room for a tensor's block sums, ``sums_dtype`` [grid.blocks]; ``array`` [n, m]: what is added first."""
+        assert self.grid is not None
+        written = self._all_blocks and self._prepared is not None and self.sums is not None and self.sums.serves(array)
+        return (np.empty if written else np.zeros)(self.grid.blocks, self.sums_dtype)
+
+    @cached_property
+    def _all_blocks(self) -> bool:
+        """Whether compiled sums of float32 write every block sum of the tensor once, whatever was there."""
+        whole = isinstance(self.rows, range) and (len(self.rows), self.width) == matrix_shape(self.projection.shape)
+        return whole and self._blocked and self.grid is not None and self.grid.height == 1
+
     @cached_property
     def _blocked(self) -> bool:
         """Whether compiled sums add up the blocks."""
@@ -77,9 +89,9 @@ class Window:
         if self.checked:
             across = _factors(key, np.arange(self.column, self.column + self.width))
         buckets, signs = self.projection.columns(self.column, self.width)
-        block = (1, 1, 0)
+        block = (1, 1, 0, False)
         if self.grid is not None and self._blocked:
-            block = (self.grid.height, self.grid.width, self.column // self.grid.width)
+            block = (self.grid.height, self.grid.width, self.column // self.grid.width, self._all_blocks)
         return self.sums.prepare(
             Given(
                 rows=rows,

@@ -90,6 +90,24 @@ def test_block_sums_and_checksums_have_the_bits_of_numpy(compiled: CompiledSums,
     assert dataclasses.replace(window, sums=compiled).add(changed)[1] != check
 
 
+@pytest.mark.parametrize("height", [1, 2])
+def test_block_sums_of_a_whole_tensor_need_no_zeros(compiled: CompiledSums, height: int) -> None:
+    grid, values = Grid(height, 8, (300, 1104)), values_of((300, 1104), np.arange(300), 0, True)
+    plain = Window(Projection("w", grid.shape), range(300), 0, 1104, grid=grid)
+    window, expected = dataclasses.replace(plain, sums=compiled), np.zeros(grid.blocks)
+    plain.add(values, expected)
+    room = window.new_blocks(values)
+    if height == 1:
+        room[:] = np.nan  # what was in the memory before
+    else:
+        assert not room.any()
+    window.add(values, room)
+    np.testing.assert_array_equal(room, expected.astype(room.dtype))
+    part = dataclasses.replace(window, rows=range(299))
+    for first, array in ((part, values[:299]), (window, values.astype(np.float64))):  # other parts or numpy add to them
+        assert not first.new_blocks(array).any()
+
+
 def test_blocks_that_a_slice_cuts_are_left_to_numpy(compiled: CompiledSums) -> None:
     grid, values = Grid(1, 8, (300, 1100)), values_of((300, 1100), np.arange(300), 0, False)[:, :1084]
     window, one, other = (
