@@ -28,7 +28,7 @@ from telechat_twins.core.model.lora import LoraConfig, check_lora
 from telechat_twins.core.model.xpos_range import check_xpos_range
 from telechat_twins.core.near import near_path, nearest_name
 from telechat_twins.core.parallel.layout import Layout
-from telechat_twins.core.schema import blank_keys, from_mapping, in_file, load_yaml, option, set_dotted
+from telechat_twins.core.schema import blank_keys, from_mapping, in_file, load_yaml, option, set_all
 from telechat_twins.core.sections.evaluation import EvalConfig as EvalConfig
 from telechat_twins.core.sections.evaluation import HeldOutSourceConfig as HeldOutSourceConfig
 from telechat_twins.core.sections.misnamed import check_names
@@ -337,8 +337,7 @@ def load_run_tree(path: str | Path, overrides: Sequence[str] = ()) -> JsonObject
         tree["model"]["preset"] = _beside(os.path.expanduser(tree["model"]["preset"]), folder)
     bundled = is_bundled_name(path)
     anchor_paths(tree, Path.cwd() / "configs" / "train" if bundled else folder, normalise=bundled)
-    for assignment in overrides:
-        set_dotted(tree, assignment)
+    set_all(tree, overrides)
     with naming_lines(path, overrides):
         check_paths(tree)
         preset = tree["model"].get("preset") if isinstance(tree.get("model"), dict) else None

@@ -81,6 +81,26 @@ def load_yaml(path: str | Path) -> YamlValue:
     return parse_yaml(text, str(path), lines=True)
 
 
+def set_all(tree: JsonObject, assignments: Sequence[str]) -> None:
+    """``set_dotted`` of each assignment. UserError for one that would undo an earlier one in silence: another value of
+    the same key, or of a group of options that it lies in."""
+    for number, later in enumerate(assignments):
+        key, _, text = later.partition("=")
+        for earlier in assignments[:number]:
+            before, _, value = earlier.partition("=")
+            if (before == key and value != text) or before.startswith(f"{key}."):
+                raise UserError(
+                    f"--set: {shown(later)} would undo {shown(earlier)}, which is set as well; leave one of them out"
+                )
+        set_dotted(tree, later)
+
+
+def without(assignments: Sequence[str], others: Sequence[str]) -> list[str]:
+    """Those of the ``assignments`` that the ``others``, which come after them, leave as they are."""
+    keys = [other.partition("=")[0] for other in others]
+    return [one for one in assignments if not any(f"{one.partition('=')[0]}.".startswith(f"{key}.") for key in keys)]
+
+
 def set_dotted(tree: JsonObject, assignment: str) -> None:
     """Apply ``a.b.c=value`` to a tree of mappings in place."""
     key, sign, text = assignment.partition("=")

@@ -15,7 +15,7 @@ import re
 import shlex
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -192,6 +192,21 @@ class Command:
     @property
     def where(self) -> str:
         return f"{self.page}:{self.line}"
+
+    def setting(self, *assignments: str) -> Command:
+        """The command with these assignments of --set, in the place of its own of the same keys."""
+        new = dict(one.partition("=")[::2] for one in assignments)
+        words: list[str] = []
+        old: list[str] = []
+        behind = False  # --set
+        for word in self.words:
+            behind = word == "--set" or behind and not word.startswith("--")
+            if not behind:
+                words.append(word)
+            elif word != "--set" and word.partition("=")[0] not in new:
+                old.append(word)
+        given = [*old, *(f"{key}={value}" for key, value in new.items())]
+        return replace(self, words=(*words, "--set", *given))
 
 
 @dataclass(frozen=True)

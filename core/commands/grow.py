@@ -18,7 +18,7 @@ from telechat_twins.core.files.atomic import show_bytes
 from telechat_twins.core.launch.run_lock import hold_place
 from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.model.growth import METHODS
-from telechat_twins.core.schema import set_dotted
+from telechat_twins.core.schema import set_all
 from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
@@ -159,8 +159,7 @@ def _target(args: argparse.Namespace, source: ModelConfig) -> ModelConfig:
     else:
         own = ("growth", "norm_divisor", "vocab_tokens")
         tree = {name: value for name, value in dataclasses.asdict(source).items() if name not in own}
-    for assignment in args.set:
-        set_dotted(tree, assignment)
+    set_all(tree, args.set)
     return load_model_config(tree, "target")
 
 

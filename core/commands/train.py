@@ -114,6 +114,7 @@ def run(args: argparse.Namespace) -> int:
     from telechat_twins.core.launch.restarts import launch_with_restarts
     from telechat_twins.core.launch.run_lock import RELEASE_WAIT_S, require_free
     from telechat_twins.core.launch.worker import STOPPED
+    from telechat_twins.core.schema import without
     from telechat_twins.core.train.stages import StagedData, check_stages
     from telechat_twins.core.train.start import init_override, is_new, model_of_run, open_start
     from telechat_twins.core.train.track.open import require_trackers
@@ -127,7 +128,8 @@ def run(args: argparse.Namespace) -> int:
         return train_growth.run(args)
     _check_resume(args)
     out = Path(args.out or Path("runs") / f"{Path(args.config).stem}-{args.backend}")
-    overrides = _layout_overrides(args.layout, args.config) + args.set + init_override(args.init)
+    layout = without(_layout_overrides(args.layout, args.config), args.set)
+    overrides = [*layout, *args.set, *init_override(args.init)]
     config = load_run_config(args.config, overrides, lambda init: model_of_run(init, out, args.resume, open_initial))
     nproc = _share(config.parallel, args.nnodes) if args.nproc is None else args.nproc
     check_nodes(nproc, args.nnodes, args.node_rank, args.master)

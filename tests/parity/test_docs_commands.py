@@ -24,7 +24,7 @@ from tests.house import ROOT
 from tests.support.docs_workspace import add_checkout, add_demo, add_packed, add_release, add_text
 from tests.support.launching import one_rank_here
 
-SHORTER = ("--set", "train.steps=2", "optim.warmup_steps=0", "train.global_batch=2", "train.micro_batch=2")
+SHORTER = ("train.steps=2", "optim.warmup_steps=0", "train.global_batch=2", "train.micro_batch=2")
 RESUMED = ("train.steps=4",)
 
 
@@ -49,7 +49,7 @@ def shorter(command: docs.Command) -> docs.Command:
         )
     if "train" in command.words or command.words[0] != "tele":
         more = (*SHORTER, *(RESUMED if "--resume" in command.words else ()))
-        return dataclasses.replace(command, words=(*command.words, *more))
+        return command.setting(*more)
     return command
 
 

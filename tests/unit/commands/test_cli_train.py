@@ -164,6 +164,8 @@ def test_a_layout_becomes_assignments_and_processes(config: Path, launched: list
     assert load_run_config(config, sets(launched[0])).parallel == parse_layout("tp2.pp2.gpipe.nozero")
     assert cli.main([*words, "--layout", "single"]) == 0
     assert (sets(launched[1]), launched[1][2]) == ([], 1)
+    assert cli.main([*words, "--layout", "tp2.pp2", "--set", "parallel.tp=1"]) == 0
+    assert (sets(launched[2]), launched[2][2]) == (["parallel.pp=2", "parallel.tp=1"], 2), "none is set twice"
 
 
 def test_a_layout_takes_the_place_of_the_configs(config: Path, launched: list[Any]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import load_model_config, preset_names
 from telechat_twins.core.model.params import count_parameters, parameter_table
 from telechat_twins.core.near import RUN_KEYS
-from telechat_twins.core.schema import load_yaml, parse_yaml, set_dotted
+from telechat_twins.core.schema import load_yaml, parse_yaml, set_all, set_dotted, without
 from telechat_twins.core.sections.misnamed import section_keys
 from telechat_twins.core.types import JsonObject
 
@@ -285,6 +286,25 @@ def test_set_overrides_and_relative_paths(tmp_path: Path) -> None:
         with pytest.raises(UserError, match="--set train.steps=") as error:
             load_run_config(tmp_path / "run.yaml", [wrong])
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "earlier, later",
+    [("train.steps=3", "train.steps=4"), ("train.steps=3", "train={steps: 4}"), ("data.seq_len=8", "data=null")],
+)
+def test_what_is_set_twice_is_refused_with_both(tmp_path: Path, earlier: str, later: str) -> None:
+    import yaml
+
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump(RUN))
+    with pytest.raises(UserError, match=re.escape(f"--set: '{later}' would undo '{earlier}', which is set as well")):
+        load_run_config(tmp_path / "run.yaml", [earlier, "optim.lr=2e-4", later])
+
+
+def test_what_is_set_twice_alike_or_inside_a_group_is_not_refused() -> None:
+    tree: dict[str, object] = {}
+    set_all(tree, ["a.b=1", "a.b=1", "c={d: 1}", "c.d=2", "a.bc=3"])
+    assert tree == {"a": {"b": 1, "bc": 3}, "c": {"d": 2}}
+    assert without(["a.b=1", "a.bc=2", "c.d=3", "e=4"], ["a.b=5", "c={d: 6}"]) == ["a.bc=2", "e=4"]
 
 
 def test_every_key_named_for_another_programs_is_one_of_a_run() -> None:
