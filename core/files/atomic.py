@@ -26,8 +26,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-import psutil
-
 from telechat_twins.core.errors import UserError
 
 # Distinctive, since stale ones are deleted: folders of other programs must never match.
@@ -188,6 +186,8 @@ def process_mark(pid: int | None = None) -> str:
 
 def mark_lives(mark: str) -> bool:
     """Whether the process of a ``process_mark`` of this machine lives; for a bare number, any process with that id."""
+    import psutil  # here, since a tenth of a second of its own is much for those who write a file
+
     number, _, start = mark.partition(".")
     # Marks are also read from file names, so the number may be anything.
     return (

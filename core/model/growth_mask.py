@@ -18,13 +18,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
-
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.schema import option
 
-if TYPE_CHECKING:  # which holds a GrowthMask itself
-    pass
+if TYPE_CHECKING:  # every command reads a model's config, few of them count with arrays, whose import takes as long
+    import numpy as np
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +46,8 @@ class GrowthMask:
 
 def new_channels(size: int, old: int) -> np.ndarray:
     """bool [size]: which entries of an axis are new when the old ones come first."""
+    import numpy as np
+
     return np.arange(size) >= old
 
 
@@ -58,6 +58,8 @@ def head_map(old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
     to grouped ones regroups them all). Old heads come first in their group, and old groups first; a group that becomes
     smaller is cut into neighbouring groups with copies of its keys. UserError when the old groups have no place.
     """
+    import numpy as np
+
     groups, kv = kv_map(old, new), new[1]
     before, after = old[0] // old[1], new[0] // kv
     heads = np.full((kv, after), -1)
@@ -72,6 +74,8 @@ def head_map(old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
 
 def kv_map(old: tuple[int, int], new: tuple[int, int]) -> np.ndarray:
     """Which old kv head each new one continues, int [K]; -1: none; one old head may have several copies."""
+    import numpy as np
+
     if new[0] % new[1]:
         raise UserError(f"num_kv_heads: {new[1]} does not divide num_heads {new[0]}")
     before, after = old[0] // old[1], new[0] // new[1]

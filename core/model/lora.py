@@ -12,17 +12,18 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-
-import numpy as np
+from typing import TYPE_CHECKING
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import MAX_WIDTH, ModelConfig
-from telechat_twins.core.model.init import draw_normal
 from telechat_twins.core.model.params import ParamSpec, block_table
 from telechat_twins.core.near import nearest
 from telechat_twins.core.schema import from_mapping, option
 from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
+
+if TYPE_CHECKING:  # every command reads a run's config; what draws weights is imported when they are drawn
+    import numpy as np
 
 TARGETS = ("q", "k", "v", "o", "gate", "up", "down")  # in the order of the model's parameters
 ROW_PARALLEL = ("o", "down")  # their inputs are split over tensor ranks, those of the others whole
@@ -229,6 +230,8 @@ def init_adapter(
     ``normal``: A ~ N(0, 1 / (3 in)), the variance of PEFT's uniform initialisation, and B = 0: training starts at the
     base model. ``strong``, for tests: a B as large as A would be, without which A has no gradient.
     """
+    from telechat_twins.core.model.init import draw_normal
+
     spec = lora_table(config, lora, [int(name.split(".")[1])])[name]
     std = 1.0 / math.sqrt(3.0 * spec.shape[1])
     if name.endswith(".lora_b") and scheme == "normal":

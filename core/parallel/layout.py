@@ -6,6 +6,7 @@ ring x ulysses with ulysses fastest: ``c = r * ulysses + u``.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -256,6 +257,13 @@ def stage_layers(layout: Layout, config: ModelConfig) -> list[list[int]]:
 _NAMED = ("pp", "dp", "cp", "ulysses", "tp")
 _SIZED = ("pp", "dp", "cp", "tp", "ring", "ulysses", "vpp")
 _WORDS = ("gpipe", "nosp", "nozero")
+
+
+def sequence_multiple(layout: Layout) -> int:
+    """The number of which S is padded to a multiple: 2 * ring chunks, each divisible by ulysses, and with sequence
+    parallelism the places of a rank divisible by tp."""
+    chunks = 2 * layout.ring if layout.ring > 1 else 1
+    return math.lcm(chunks * layout.ulysses, layout.cp * (layout.tp if layout.sequence_parallel else 1))
 
 
 def _hint(part: str, name: str, size: str) -> str:

@@ -19,7 +19,6 @@ token of another rank for them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -28,7 +27,7 @@ import numpy as np
 from telechat_twins.core.model.batch import IGNORE, Batch
 from telechat_twins.core.model.lora_dropout import LoraDropout
 from telechat_twins.core.model.visibility import Block, causal_ranges
-from telechat_twins.core.parallel.layout import Layout
+from telechat_twins.core.parallel.layout import Layout, sequence_multiple
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,13 +74,6 @@ class LocalBatch:
     weights: np.ndarray | None = None
     reference: np.ndarray | None = None
     dropout: LoraDropout | None = None
-
-
-def sequence_multiple(layout: Layout) -> int:
-    """The number of which S is padded to a multiple: 2 * ring chunks, each divisible by ulysses, and with sequence
-    parallelism the places of a rank divisible by tp."""
-    chunks = 2 * layout.ring if layout.ring > 1 else 1
-    return math.lcm(chunks * layout.ulysses, layout.cp * (layout.tp if layout.sequence_parallel else 1))
 
 
 def split_batch(batch: Batch, layout: Layout, cp_rank: int) -> LocalBatch:

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.precision import PRECISION
-from telechat_twins.core.parallel.layout import Layout
+from telechat_twins.core.parallel.layout import Layout, sequence_multiple
 from telechat_twins.core.parallel.schedule import actions
-from telechat_twins.core.parallel.sequence import sequence_multiple
 from telechat_twins.core.parallel.sharding import Shard, chunk_table, plan_buckets
 
 Traffic = dict[tuple[str, str], list[int]]

@@ -10,8 +10,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import numpy as np
-
 from telechat_twins.core.config import OptimConfig, RunConfig
 from telechat_twins.core.model.params import MATRIX
 
@@ -125,6 +123,8 @@ def corrections(optim: OptimConfig, updates: int, born: int = 0) -> tuple[float,
 def is_young(optim: OptimConfig, updates: int, born: int, dtype: str = "float32") -> bool:
     """Whether the corrections of entries born after update ``born`` differ in ``dtype``, that of the masters, from
     those of the oldest ones."""
+    import numpy as np  # here, since `tele plan` reads recipes and rounds nothing
+
     pairs = zip(corrections(optim, updates, born), corrections(optim, updates), strict=True)
     rounded = np.dtype(dtype).type
     return any(rounded(own) != rounded(others) for own, others in pairs)

@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, TypeAlias
 from telechat_twins.core.config import DataConfig, RunConfig
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig
-from telechat_twins.core.model.position import attention_scale, scaled_base
 from telechat_twins.core.parallel.layout import check_layout
 
 if TYPE_CHECKING:  # `tele plan` reads stages without a data set or a checkpoint
@@ -154,6 +153,8 @@ def describe_stage(stage: Stage, stages: Sequence[Stage], model: ModelConfig) ->
         f"stage {stage.number} of {len(stages)}, steps {stage.begin + 1} to {stage.end}: {stage.label} in "
         f"micro-batches of {stage.micro_batch}"
     )
+    from telechat_twins.core.model.position import attention_scale, scaled_base
+
     base, scale = scaled_base(model, stage.data.seq_len), attention_scale(model, stage.data.seq_len)
     if model.position.startswith("ntk"):
         line += f"; rotary base {base:,.0f}, attention scale {scale:.4g}"

@@ -89,7 +89,7 @@ def _time(
     """The step's time on ``--machine``, as text and JSON; writes ``--trace`` and ``--timeline``. ``needed``: bytes of
     the fullest rank."""
     from telechat_twins.core.planner.machine import load_machine
-    from telechat_twins.core.planner.time import report, timeline
+    from telechat_twins.core.planner.time import report
     from telechat_twins.core.planner.time.step import step_time
     from telechat_twins.core.planner.time.work import Work
     from telechat_twins.core.train.recipe import tells_classes_apart
@@ -102,10 +102,13 @@ def _time(
     work = Work(**{"micro_batches": layout.stages, **named}, by_class=by_class)
     step = step_time(model, layout, work, machine)
     title = f"{Path(args.model or args.config).stem}, {layout.name}, on {machine.title}"
-    if args.trace is not None:
-        timeline.write_trace(Path(args.trace), layout, work, step, title)
-    if args.timeline is not None:
-        timeline.draw(Path(args.timeline), layout, work, step, title)
+    if args.trace is not None or args.timeline is not None:
+        from telechat_twins.core.planner.time import timeline
+
+        if args.trace is not None:
+            timeline.write_trace(Path(args.trace), layout, work, step, title)
+        if args.timeline is not None:
+            timeline.draw(Path(args.timeline), layout, work, step, title)
     found = report.report(model, layout, work, machine, step, args.tokens, needed)
     return report.describe(found, machine.title), found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
@@ -10,7 +9,7 @@ from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.flops import flops_per_token
 from telechat_twins.core.model.lora import LoraConfig, described_ranks, lora_table, ranks_in
 from telechat_twins.core.model.params import parameter_table
-from telechat_twins.core.parallel.layout import Layout, stage_layers
+from telechat_twins.core.parallel.layout import Layout, sequence_multiple, stage_layers
 from telechat_twins.core.parallel.schedule import bubble_formula, peak_live
 from telechat_twins.core.parallel.traffic import Widths
 from telechat_twins.core.planner.memory.activations import (
@@ -190,10 +189,8 @@ def _workspace_on_cpu(
 
 
 def padded_length(seq_len: int, layout: Layout) -> int:
-    """Places of a row: ``seq_len`` padded as core.parallel.sequence does (which imports numpy)."""
-    chunks = 2 * layout.ring if layout.ring > 1 else 1
-    spread = layout.tp if layout.sequence_parallel else 1
-    return seq_len + -seq_len % math.lcm(chunks * layout.ulysses, layout.cp * spread)
+    """Places of a row: ``seq_len`` padded as the layout needs it."""
+    return seq_len + -seq_len % sequence_multiple(layout)
 
 
 def _chunk_kept(

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from telechat_twins.core.model.config import ModelConfig
-from telechat_twins.core.parallel.layout import Layout
-from telechat_twins.core.parallel.sequence import sequence_multiple
+from telechat_twins.core.parallel.layout import Layout, sequence_multiple
 from telechat_twins.core.parallel.sharding import padded_rows
 from telechat_twins.core.parallel.traffic import Widths
 from telechat_twins.core.planner.machine import Host, Machine

@@ -10,14 +10,13 @@ import pytest
 
 from telechat_twins.core.model.batch import IGNORE, Batch, shift_labels
 from telechat_twins.core.parallel import sequence
-from telechat_twins.core.parallel.layout import Layout, parse_layout
+from telechat_twins.core.parallel.layout import Layout, parse_layout, sequence_multiple
 from telechat_twins.core.parallel.sequence import (
     Visibility,
     gather_order,
     query_blocks,
     ranges_between,
     real_places,
-    sequence_multiple,
     split_batch,
     visible_pairs,
 )

@@ -12,10 +12,9 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.parallel.layout import Layout, parse_layout, stage_layers
 from telechat_twins.core.parallel.schedule import peak_live
-from telechat_twins.core.parallel.sequence import sequence_multiple
 from telechat_twins.core.parallel.traffic import Widths
 from telechat_twins.core.planner.memory import activations, estimate
-from telechat_twins.core.planner.memory.estimate import Work, padded_length, ranks_of
+from telechat_twins.core.planner.memory.estimate import Work, ranks_of
 from telechat_twins.core.planner.memory.executor import MINDFORMERS, PYTORCH, on_cpu
 from telechat_twins.core.planner.memory.live import live_graphs
 from telechat_twins.core.planner.memory.recompute import resolve
@@ -96,13 +95,6 @@ def test_live_graphs_agree_with_the_schedule() -> None:
         for rank in range(pp):
             sets = live_graphs(schedule, pp, virtual, micro_batches, rank)
             assert max(map(sum, sets)) == peak_live(schedule, pp, virtual, micro_batches, rank)
-
-
-def test_padded_length_is_that_of_the_batches() -> None:
-    for text in ("single", "tp4", "ring2.tp2", "cp8.ulysses2.tp2", "tp4.nosp", "ring4.ulysses2"):
-        layout = parse_layout(text)
-        for length in (1, 63, 64, 1000):
-            assert padded_length(length, layout) == length + -length % sequence_multiple(layout)
 
 
 def test_lists_of_layers_and_operators() -> None:
