@@ -7,13 +7,17 @@ MindFormers' ``recompute_config`` names more, which is for planning only: no twi
 ``select_recompute`` are true, or the number of layers of each pipeline rank, or of each chunk and rank;
 ``select_recompute`` may also be a mapping from patterns of operators to such numbers, with two default patterns.
 ``select_comm_recompute`` does the communication after the matching operators again, and what was gathered is not kept.
-``recompute_slice_activation`` keeps the input of a wholly recomputed layer divided over the tensor ranks.
+``recompute_slice_activation`` keeps the input of a wholly recomputed layer divided over the tensor ranks, where
+``recompute`` is true: MindFormers' LayerSetting passes it on for no list of numbers. Two keys that it reads reach no
+layer at all, ``mp_comm_recompute`` and ``parallel_optimizer_comm_recompute``: its layers are recomputed with their
+communication, and MindSpore 2.9's Cell.recompute only warns of the other. Values that would change a plan if they were
+passed on are named in ``RecomputeLists.idle``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,14 +34,8 @@ BUNDLED = ROOT / "configs" / "recompute"
 # MindFormers' defaults (mindformers/modules/transformer or models/utils: LayerSetting).
 OPERATORS = (r"feed_forward\.mul", r"feed_forward\.w1\.activation\.silu")
 COMMUNICATION = (r".*\.norm",)
-_KEYS = (
-    "recompute",
-    "select_recompute",
-    "select_comm_recompute",
-    "recompute_slice_activation",
-    "mp_comm_recompute",
-    "parallel_optimizer_comm_recompute",
-)
+_FLAGS = {"recompute_slice_activation": False, "mp_comm_recompute": True, "parallel_optimizer_comm_recompute": False}
+_KEYS = ("recompute", "select_recompute", "select_comm_recompute", *_FLAGS)
 
 Counts = list[list[int]]  # of each chunk and pipeline rank: how many of its layers, from the first
 
@@ -47,12 +45,14 @@ class RecomputeLists:
     """MindFormers' section, resolved for a layout: counts of layers for whole recomputation and for each pattern.
 
     ``slices``: into how many parts the input of a wholly recomputed layer is divided, beyond sequence parallelism.
+    ``idle``: what the section asks for without effect, each with the reason.
     """
 
     full: Counts
     operators: dict[str, Counts]
     communication: dict[str, Counts]
     slices: int
+    idle: tuple[str, ...] = ()
 
     def kept(self, chunk: int, rank: int, layer: int, kept: Sequence[Kept]) -> list[Kept]:
         """What layer ``layer`` of a rank's chunk keeps, of the tensors ``kept`` without recomputation."""
@@ -114,15 +114,29 @@ def resolve(section: JsonObject, layout: Layout, layers: Sequence[int], where: s
                 re.compile(pattern)
             except re.error as error:
                 raise UserError(f"{where}.{key}: {shown(pattern)} is not a regular expression: {error}") from None
-    sliced = section.get("recompute_slice_activation", False)
-    if not isinstance(sliced, bool):
-        raise UserError(f"{where}.recompute_slice_activation: expected true or false, found {shown(sliced)}")
+    flags = {key: section.get(key, usual) for key, usual in _FLAGS.items()}
+    for key, value in flags.items():
+        if not isinstance(value, bool):
+            raise UserError(f"{where}.{key}: expected true or false, found {shown(value)}")
+    whole = section.get("recompute", False) is True
+    sliced = whole and flags["recompute_slice_activation"] and not layout.sequence_parallel
     return RecomputeLists(
         counts("recompute", section.get("recompute", False)),
         patterns("select_recompute", OPERATORS),
         patterns("select_comm_recompute", COMMUNICATION),
-        layout.tp if sliced and not layout.sequence_parallel else 1,
+        layout.tp if sliced else 1,
+        tuple(_idle(flags, isinstance(section.get("recompute"), list))),
     )
+
+
+def _idle(flags: Mapping[str, bool], listed: bool) -> Iterator[str]:
+    """What is asked for without effect. ``listed``: layers are recomputed whole, by numbers."""
+    if flags["recompute_slice_activation"] and listed:
+        yield "recompute_slice_activation: true, which MindFormers passes on with recompute: true only"
+    if not flags["mp_comm_recompute"]:
+        yield "mp_comm_recompute: false, which MindFormers passes on to no layer"
+    if flags["parallel_optimizer_comm_recompute"]:
+        yield "parallel_optimizer_comm_recompute: true, which MindFormers passes on to no layer"
 
 
 def _counts(value: object, held: Counts, where: str) -> Counts:
@@ -135,18 +149,23 @@ def _counts(value: object, held: Counts, where: str) -> Counts:
     rows = value if isinstance(value, list) and len(value) == chunks else []
     lists = bool(rows) and all(isinstance(row, list) and len(row) == ranks for row in rows)
     if lists and all(isinstance(one, int) for row in rows for one in row):
-        return [[min(*pair) for pair in zip(*two, strict=True)] for two in zip(rows, held, strict=True)]
+        return [[_most(*pair) for pair in zip(*two, strict=True)] for two in zip(rows, held, strict=True)]
     raise UserError(
         f"{where}: expected true, false, {ranks} numbers (one a pipeline rank) or {chunks} lists of them, "
         f"found {shown(value)}"
     )
 
 
+def _most(number: int, held: int) -> int:
+    """How many of the ``held`` layers: ``number`` of them, or all for true."""
+    return held if number is True else max(0, min(number, held))
+
+
 def _spread(numbers: Sequence[int], held: Counts) -> Counts:
     """A rank's number of layers dealt out to its chunks in turn, as MindFormers does."""
     found = [[0] * len(numbers) for _ in held]
     for rank, number in enumerate(numbers):
-        left = min(number if number is not True else 1 << 30, sum(row[rank] for row in held))
+        left = _most(number, sum(row[rank] for row in held))
         while left > 0:
             for chunk, row in enumerate(held):
                 if left > 0 and found[chunk][rank] < row[rank]:

@@ -120,6 +120,7 @@ def test_lists_of_layers_and_operators() -> None:
         ({"recompute": [1, 2, 3]}, "2 numbers"),
         ({"select_recompute": {"(": True}}, "regular"),
         ({"recompute_slice_activation": 1}, "true or false"),
+        ({"mp_comm_recompute": [1, 0]}, "mp_comm_recompute: expected true or false"),
     ):
         with pytest.raises(UserError, match=word):
             resolve(section, layout, [2, 2, 2, 2], "R")
@@ -136,6 +137,22 @@ def test_sliced_inputs_of_recomputed_layers() -> None:
     inputs = TINY.num_layers * 64 * TINY.hidden_size * Widths.of("bf16").residual
     assert kept("tp2.nosp", False) - kept("tp2.nosp", True) == inputs / 2
     assert kept("tp2", False) == kept("tp2", True)
+
+
+def test_keys_that_reach_no_layer_are_named() -> None:
+    """What MindFormers' LayerSetting does with them: Layer.recompute() is called without."""
+    layout = parse_layout("pp2.tp2.nosp")
+
+    def idle(**section: object) -> list[str]:
+        return [one.partition(":")[0] for one in resolve(section, layout, [2, 2], "R").idle]
+
+    usual = {"mp_comm_recompute": True, "parallel_optimizer_comm_recompute": False, "recompute_slice_activation": True}
+    assert idle(recompute=True, **usual) == idle(recompute=False, **usual) == idle() == []
+    assert idle(recompute=[1, 0], **usual) == ["recompute_slice_activation"]
+    assert resolve({"recompute": [2, 2], **usual}, layout, [2, 2], "R").slices == 1
+    both = {"mp_comm_recompute": False, "parallel_optimizer_comm_recompute": True}
+    assert idle(recompute=True, **both) == list(both)
+    assert resolve({"recompute": [[True, 1]]}, layout, [2, 2], "R").full == [[2, 1]]
 
 
 def page_rows(page: str) -> list[list[tuple[int, int]]]:
