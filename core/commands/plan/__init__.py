@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import argparse
 
-from telechat_twins.core.commands.plan import calibrate, cost, search, time, training, validate
+from telechat_twins.core.commands.plan import calibrate, cost, layouts, search, time, training, validate
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import PRECISIONS
 from telechat_twins.core.planner.amounts import whole
@@ -42,6 +42,7 @@ EPILOG = """\
 examples:
   tele plan --model telechat2-115b --layout tp8.pp8.dp8 --seq-len 8192 --recompute full
   tele plan --config telechat2-7b --machine h200-sxm --tokens 1e12
+  tele plan --model telechat2-7b --layout tp8,tp4.dp2,pp4.dp2 --machine h200-sxm --global-batch 64
   tele plan --model telechat2-7b --search --machine h200-sxm --devices 8 --global-batch 512"""
 
 
@@ -63,7 +64,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="G",
         help="growth schedule (file or bundled name) for that run: estimate each stage, and the savings",
     )
-    parser.add_argument("--layout", metavar="TEXT", help="layout, e.g. tp8.pp8.dp8: estimate each pipeline rank")
+    parser.add_argument(
+        "--layout",
+        action="append",
+        metavar="TEXT",
+        help="layout, e.g. tp8.pp8.dp8: estimate each pipeline rank; several (tp8,tp4.pp2): a table",
+    )
     parser.add_argument(
         "--seq-len", type=whole, metavar="S", help="tokens per sample (default: the model's max_seqlen)"
     )
@@ -93,10 +99,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    for name in ("seq_len", "micro_batch", "micro_batches"):
+    for name in ("seq_len", "micro_batch", "micro_batches", "global_batch"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')}: must be at least 1, found {value}")
+    if args.layout is not None:
+        args.layout = ",".join(args.layout)
     time.check(args)
     cost.check(args)
     search.check(args)
@@ -110,4 +118,9 @@ def run(args: argparse.Namespace) -> int:
         from telechat_twins.core.commands.plan import growth
 
         return growth.run(args)
+    if args.layout is not None:
+        names = list(dict.fromkeys(args.layout.split(",")))
+        if len(names) > 1:
+            return layouts.run(args, names)
+        args.layout = names[0]
     return training.run(args)

@@ -123,7 +123,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--devices", type=whole, metavar="N", help="with --search: devices to use at most")
     parser.add_argument(
-        "--global-batch", type=whole, metavar="B", help="with --search: sequences a step (default: 4 Mi tokens)"
+        "--global-batch",
+        type=whole,
+        metavar="B",
+        help="sequences a step (default: the run's; with --search of a model 4 Mi tokens; else as --micro-batches)",
     )
     parser.add_argument(
         "--memory", type=float, metavar="GIB", help="with --search: memory of a device (default: the machine's less 4)"
@@ -144,7 +147,11 @@ def _flag(name: str) -> str:
 
 def check(args: argparse.Namespace) -> None:
     """UserError for options that need another, and for values out of range."""
-    for name in ("devices", "global_batch", "memory", "top", "target"):
+    if args.global_batch is not None and not args.search:
+        other = next((name for name in ("growth", "micro_batches") if getattr(args, name) is not None), None)
+        if other is not None:
+            raise UserError(f"--global-batch: {_flag(other)} says how many there are; leave one of them out")
+    for name in ("devices", "memory", "top", "target"):
         if getattr(args, name) is not None and not args.search:
             raise UserError(f"{_flag(name)}: belongs to --search; add it, or leave it out")
     for name in _OF_SERVING if args.target is None else ():

@@ -12,6 +12,7 @@ from telechat_twins.core.planner.amounts import amount
 _OF_A_PLAN = (
     "growth",
     "layout",
+    "global_batch",
     "seq_len",
     "micro_batch",
     "micro_batches",

@@ -1,10 +1,12 @@
-"""`tele plan` of one model or run: parameters, memory and arithmetic."""
+"""`tele plan` of one model or run: parameters, memory and arithmetic. Of several layouts: layouts.py."""
 
 from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from telechat_twins.core.config import RunConfig, load_run_config
 from telechat_twins.core.errors import UserError
@@ -17,31 +19,63 @@ from telechat_twins.core.planner.memory.recompute import RecomputeLists, bundled
 from telechat_twins.core.train.trainable import constant_names, run_table
 from telechat_twins.core.types import JsonObject
 
+if TYPE_CHECKING:  # a plan without a machine needs nothing of the forecast
+    from telechat_twins.core.planner.time.work import Work
+
+
+@dataclass(frozen=True)
+class Given:
+    """What ``--model`` or ``--config`` names; ``run``: None for a bare model."""
+
+    run: RunConfig | None
+    model: ModelConfig
+    layout: Layout
+
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Given:
+        """Read it; UserError for options that contradict each other."""
+        if args.recompute_lists is not None:
+            if args.recompute is not None:
+                raise UserError("--recompute: --recompute-lists stands in its place; leave one of them out")
+            if args.machine is not None:
+                raise UserError(
+                    "--recompute-lists: gives memory, and no time; leave --machine out, or give --recompute"
+                )
+        if args.config:
+            run_config = load_run_config(args.config, model_of=_model_of)
+            return cls(run_config, run_config.model, run_config.parallel)
+        return cls(None, load_model_config(args.model, "--model"), Layout())
+
+    def settings(self, args: argparse.Namespace, layout: Layout) -> JsonObject:
+        """What memory and time depend on in ``layout``. A run's step has its global batch in every layout, as in `tele
+        train`; a bare model's has pp x virtual micro-batches, or ``--global-batch``. UserError where they do not fit.
+        """
+        check_layout(layout, self.model)
+        found: JsonObject = {"seq_len": self.model.max_seqlen} if self.run is None else _settings(self.run)
+        batch = args.global_batch or found.pop("global_batch", None)
+        names = ("seq_len", "micro_batch", "micro_batches", "precision", "recompute")
+        found |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+        if args.micro_batches is None and batch is not None:
+            micro_batch = found.get("micro_batch", 1)
+            check_layout(layout, self.model, global_batch=batch, micro_batch=micro_batch)
+            found["micro_batches"] = batch // (layout.dp * micro_batch)
+        _check_micro_batches(layout, found)
+        if args.recompute_lists is not None:
+            found["lists"] = _lists(args.recompute_lists, layout, self.model)
+        return found
+
 
 def run(args: argparse.Namespace) -> int:
     """Print the estimate of ``--model`` or ``--config``."""
-    if args.config:
-        run_config = load_run_config(args.config, model_of=_model_of)
-        mix = _mix(run_config)
-        config, layout = run_config.model, run_config.parallel
-        settings = _settings(run_config)
-    else:
-        run_config = None
-        config, layout, mix = load_model_config(args.model, "--model"), Layout(), {}
-        settings = {"seq_len": config.max_seqlen}
+    given = Given.of(args)
+    run_config, config, layout = given.run, given.model, given.layout
+    mix = {} if run_config is None else _mix(run_config)
     if args.layout is not None:
         layout = parse_layout(args.layout)
-    names = ("seq_len", "micro_batch", "micro_batches", "precision", "recompute")
-    settings |= {name: getattr(args, name) for name in names if getattr(args, name) is not None}
-    check_layout(layout, config)
-    _check_micro_batches(layout, settings)
-    if args.recompute_lists is not None:
-        if args.recompute is not None:
-            raise UserError("--recompute: --recompute-lists stands in its place; leave one of them out")
-        if args.machine is not None:
-            raise UserError("--recompute-lists: gives memory, and no time; leave --machine out, or give --recompute")
-        settings["lists"] = _lists(args.recompute_lists, layout, config)
+    settings = given.settings(args, layout)
     plan = estimate(config, layout=layout, fused_attention=args.fused_attention, **settings)
+    if settings.get("lists") is not None:
+        plan["lists_without_effect"] = list(settings["lists"].idle)
     if args.config and settings.get("lists") is None and (name := _name_of(args.config)) in bundled_lists():
         plan["published"] = _published(name, config, layout, settings)
     notes: list[str] = []
@@ -91,15 +125,11 @@ def _time(
     from telechat_twins.core.planner.machine import load_machine
     from telechat_twins.core.planner.time import report
     from telechat_twins.core.planner.time.step import step_time
-    from telechat_twins.core.planner.time.work import Work
-    from telechat_twins.core.train.recipe import tells_classes_apart
 
     if run is not None:
         report.require_forecast(args.config, run.lora, run.train.freeze, run.preference)
     machine = load_machine(args.machine)
-    named = {name: value for name, value in settings.items() if name not in ("lora", "constants", "whole_logits")}
-    by_class = run is not None and tells_classes_apart(run.optim)
-    work = Work(**{"micro_batches": layout.stages, **named}, by_class=by_class)
+    work = forecast_work(run, layout, settings)
     step = step_time(model, layout, work, machine)
     title = f"{Path(args.model or args.config).stem}, {layout.name}, on {machine.title}"
     if args.trace is not None or args.timeline is not None:
@@ -111,6 +141,16 @@ def _time(
             timeline.draw(Path(args.timeline), layout, work, step, title)
     found = report.report(model, layout, work, machine, step, args.tokens, needed)
     return report.describe(found, machine.title), found
+
+
+def forecast_work(run: RunConfig | None, layout: Layout, settings: JsonObject) -> Work:
+    """The work of a step that is forecast, from ``Given.settings``."""
+    from telechat_twins.core.planner.time.work import Work
+    from telechat_twins.core.train.recipe import tells_classes_apart
+
+    named = {name: value for name, value in settings.items() if name not in ("lora", "constants", "whole_logits")}
+    by_class = run is not None and tells_classes_apart(run.optim)
+    return Work(**{"micro_batches": layout.stages, **named}, by_class=by_class)
 
 
 def _lists(name: str, layout: Layout, config: ModelConfig) -> RecomputeLists:
@@ -140,7 +180,7 @@ def _settings(config: RunConfig) -> JsonObject:
     return {
         "seq_len": stage.data.seq_len,
         "micro_batch": stage.micro_batch,
-        "micro_batches": max(1, stage.global_batch // (config.parallel.dp * stage.micro_batch)),
+        "global_batch": stage.global_batch,
         "precision": config.train.precision,
         "recompute": config.train.recompute,
         "lora": config.lora,
@@ -208,6 +248,8 @@ def _text(name: str, plan: JsonObject) -> str:
             f"as published, with MindFormers' lists (--recompute-lists {given['lists']}, fused attention): "
             f"fullest rank {given['amp'] / 1e9:.1f} GB in amp (O1), {given['bf16'] / 1e9:.1f} GB in bf16 (O2)",
         ]
+    for idle in plan.get("lists_without_effect", ()):
+        lines.append(f"without effect: {idle}")
     lines += ["", "floating-point operations per token, forward and backward"]
     lines += [f"  {part:<14}{count:>18.4g}" for part, count in plan["flops_per_token"].items()]
     return "\n".join(lines)

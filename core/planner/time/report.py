@@ -7,6 +7,9 @@ from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.flops import flops_per_token
 from telechat_twins.core.parallel.layout import Layout
 from telechat_twins.core.planner.machine import Machine
+from telechat_twins.core.planner.memory.estimate import FRAGMENTATION
+from telechat_twins.core.planner.search.question import RESERVE_GIB, usable_bytes
+from telechat_twins.core.planner.search.report import counted
 from telechat_twins.core.planner.time.step import StepTime
 from telechat_twins.core.planner.time.work import Work
 from telechat_twins.core.types import JsonObject
@@ -54,7 +57,13 @@ def report(
         "exposed_seconds": dict(step.exposed),
         "breakdown_seconds": dict(step.breakdown),
         "assumes": machine.efficiency.source,
-        "memory": {"needed_bytes": needed, "device_bytes": machine.memory_bytes, "fits": fits(machine, needed)},
+        "memory": {
+            "needed_bytes": needed,
+            "device_bytes": machine.memory_bytes,
+            "usable_bytes": usable_bytes(machine, None),
+            "fits": fits(machine, needed),
+        },
+        "recompute": work.recompute,
     }
     if tokens is not None:
         seconds = tokens / step.tokens_per_s
@@ -74,13 +83,20 @@ def fits(machine: Machine, needed: float) -> bool:
     return needed <= machine.memory_bytes
 
 
-def _memory_line(found: JsonObject) -> str:
+def _memory_line(found: JsonObject, recompute: str) -> str:
     needed, there = found["needed_bytes"] / 2**30, found["device_bytes"] / 2**30
     if found["fits"]:
-        return f"  memory: the fullest rank needs {needed:,.1f} of the device's {there:,.1f} GiB, attention fused"
+        line = f"  memory: the fullest rank needs {needed:,.1f} of the device's {there:,.1f} GiB, attention fused"
+        if found["needed_bytes"] <= found["usable_bytes"]:
+            return line
+        return (
+            f"{line}; TIGHT: --search stays below {found['usable_bytes'] / 2**30:,.1f}, with {RESERVE_GIB:g} GiB for "
+            f"communicators and driver and {FRAGMENTATION:.0%} for fragmentation"
+        )
+    again = "" if recompute == "full" else "recompute (--recompute full), "
     return (
         f"  DOES NOT FIT: the fullest rank needs {needed:,.1f} GiB, attention fused, and the device has {there:,.1f}; "
-        "divide more (tp, pp), recompute (--recompute full), or let --search choose"
+        f"divide more (tp, pp), {again}or let --search choose"
     )
 
 
@@ -92,12 +108,13 @@ def describe(found: JsonObject, title: str) -> list[str]:
     digits = 1 if rate >= 1.0 else 3  # a processor has a hundredth of a TFLOP/s
     lines = [
         "",
-        f"time of a step on {found['devices']} devices of {title}: {total:.4g} s, between {low:.4g} and {high:.4g} s",
+        f"time of a step on {counted(found['devices'], 'device')} of {title}: {total:.4g} s, between {low:.4g} and "
+        f"{high:.4g} s",
         f"  {found['tokens_per_s']:,.0f} tokens/s, {found['tokens_per_s_per_device']:,.1f} on each device; "
         f"{rate:.{digits}f} model TFLOP/s a device, MFU {found['mfu']:.1%} of {found['peak_tflops']:g}",
         "  both count attention's whole square, as published ones do: "
         f"{found['model_flops_per_token']:.4g} operations a token",
-        _memory_line(found["memory"]),
+        _memory_line(found["memory"], found["recompute"]),
         f"  pipeline bubble {found['bubble']:.1%}; waiting for transfers: "
         + ", ".join(f"{axis} {seconds / total:.1%}" for axis, seconds in found["exposed_seconds"].items()),
         "  the busiest pipeline rank's time:",

@@ -206,3 +206,66 @@ def test_what_a_run_does_beside_its_steps_is_counted_or_named(
     assert "reference" not in once["flops_per_token"] and "before step 1" in text
     wider = planned(RUN.replace('"layers.[0-3].*": 4', '"layers.[0-3].*": 16'))[0]
     assert wider["parameters"]["adapter"] > once["parameters"]["adapter"]
+
+
+def test_several_layouts_make_one_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each line has the figures of that layout's own plan, whichever way they are given."""
+    words = [
+        "plan",
+        "--model",
+        "telechat2-7b",
+        "--machine",
+        "a100-80g-sxm",
+        "--global-batch",
+        "64",
+        "--seq-len",
+        "8192",
+    ]
+    assert cli.main([*words, "--layout", "tp8,dp8", "--layout", "tp4.dp2,tp8", "--json"]) == 0
+    rows = {row["layout"]: row for row in json.loads(capsys.readouterr().out)["layouts"]}
+    assert list(rows) == ["tp8", "dp8", "dp2.tp4"]
+    for layout, row in rows.items():
+        assert cli.main([*words, "--layout", layout, "--fused-attention", "--json"]) == 0
+        plan = json.loads(capsys.readouterr().out)
+        for name in ("seconds", "tokens_per_s", "mfu", "bubble", "exposed_seconds"):
+            assert row[name] == plan["time"][name]
+        assert row["memory_bytes"] == plan["memory_bytes"]["total"] and row["fits"] == plan["time"]["memory"]["fits"]
+        assert row["global_batch"] * 8192 == plan["time"]["tokens_per_step"] == 64 * 8192
+    assert cli.main([*words, "--layout", "tp8,dp8,tp7", "--tokens", "1T"]) == 0
+    text = capsys.readouterr().out
+    assert "GiB over" in text and "tp7 is not possible: parallel.tp: 7 does not divide" in text and "days" in text
+    assert cli.main([*words, "--layout", "dp8,tp7"]) == 1, "none of them fits"
+    assert cli.main([*words, "--layout", "tp8", "--layout", "tp8"]) == 0
+    assert "by pipeline rank" in capsys.readouterr().out, "one layout, said twice"
+    rows = [one.split() for one in text.splitlines() if one.startswith(("tp8", "dp8"))]
+    assert [row[-1] for row in rows if len(row) > 5] == ["yes", "over"]
+    capsys.readouterr()
+    assert cli.main(["plan", "--config", "flm-101b", "--machine", "a800-80g-sxm", "--layout", "tp4.pp4.dp12,tp8"]) == 0
+    assert "tightly\n" in capsys.readouterr().out, "74.3 GiB of 80"
+    assert cli.main(["plan", "--model", "telechat2-7b", "--layout", "tp8,pp4.dp2"]) == 0
+    assert "the batch is not the same everywhere" in capsys.readouterr().out
+
+
+def test_a_run_keeps_its_global_batch_in_every_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    """As `tele train` does with --layout, or with another micro-batch."""
+    words = ["plan", "--config", "telechat2-115b", "--machine", "atlas-800t-a2"]
+    for more in ("", "--layout tp8.pp8.dp4", "--layout tp8.pp8.dp16", "--layout tp8.pp8 --micro-batch 2"):
+        assert cli.main([*words, *more.split(), "--json"]) == 0
+        assert json.loads(capsys.readouterr().out)["time"]["tokens_per_step"] == 64 * 8192
+    assert cli.main([*words, "--layout", "tp8.pp8.dp16.vpp3"]) == 2
+    assert "64 makes 4 micro-batches, and interleaving (virtual 3) needs a multiple of pp 8" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--layout", "tp2,tp4", "--budget", "1e20"], "--budget: is for a plan of one layout"),
+        (["--layout", "tp2,tp4x"], "unknown part 'tp4x'"),
+        (["--layout", "tp7,tp11"], "none of them is possible; tp7: parallel.tp: 7 does not divide model.num_heads 32"),
+        (["--global-batch", "8", "--micro-batches", "8"], "--global-batch: --micro-batches says how many there are"),
+        (["--global-batch", "0"], "--global-batch: must be at least 1, found 0"),
+    ],
+)
+def test_mistakes_about_several_layouts(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--model", "telechat2-7b", *words]) == 2
+    assert message in capsys.readouterr().err
