@@ -232,4 +232,9 @@ def text(question: Serving, plans: list[ServingPlan], model: str) -> list[str]:
     ]
     best = plans[0]
     lines.append(f"tele serve --checkpoint F --layout {best.name}, on each replica")
+    if best.pp > 1 and question.target == "throughput":
+        lines.append(
+            f"tele serve runs the {best.pp} stages one after another, and would give about "
+            f"{best.throughput / best.pp:,.0f} tokens/s; the table is for a server whose stages work at once"
+        )
     return lines
