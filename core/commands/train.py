@@ -39,6 +39,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -114,7 +115,6 @@ def run(args: argparse.Namespace) -> int:
     from telechat_twins.core.launch.restarts import launch_with_restarts
     from telechat_twins.core.launch.run_lock import RELEASE_WAIT_S, require_free
     from telechat_twins.core.launch.worker import STOPPED
-    from telechat_twins.core.schema import without
     from telechat_twins.core.train.stages import StagedData, check_stages
     from telechat_twins.core.train.start import init_override, is_new, model_of_run, open_start
     from telechat_twins.core.train.track.open import require_trackers
@@ -128,8 +128,7 @@ def run(args: argparse.Namespace) -> int:
         return train_growth.run(args)
     _check_resume(args)
     out = Path(args.out or Path("runs") / f"{Path(args.config).stem}-{args.backend}")
-    layout = without(_layout_overrides(args.layout, args.config), args.set)
-    overrides = [*layout, *args.set, *init_override(args.init)]
+    overrides = [*_layout_overrides(args.layout, args.config, args.set), *args.set, *init_override(args.init)]
     config = load_run_config(args.config, overrides, lambda init: model_of_run(init, out, args.resume, open_initial))
     nproc = _share(config.parallel, args.nnodes) if args.nproc is None else args.nproc
     check_nodes(nproc, args.nnodes, args.node_rank, args.master)
@@ -194,14 +193,14 @@ def _check_resume(args: argparse.Namespace) -> None:
         require_training_state(open_checkpoint(args.resume, verify=False))
 
 
-def _layout_overrides(text: str | None, config: str) -> list[str]:
-    """``--set`` assignments that turn the config's ``parallel:`` into the layout ``text``.
+def _layout_overrides(text: str | None, config: str, later: Sequence[str] = ()) -> list[str]:
+    """``--set`` assignments that turn the config's ``parallel:`` into the layout ``text``, but for what ``later`` sets.
 
     Whatever the text leaves out goes back to its default, except ``bucket_mb``, of which a layout's text says nothing.
     """
     from telechat_twins.core.config import bundled_file
     from telechat_twins.core.parallel.layout import Layout, parse_layout
-    from telechat_twins.core.schema import load_yaml
+    from telechat_twins.core.schema import load_yaml, without
 
     if text is None:
         return []
@@ -214,7 +213,7 @@ def _layout_overrides(text: str | None, config: str) -> list[str]:
         value = getattr(wanted, field.name)
         if field.name != "bucket_mb" and (value != getattr(default, field.name) or field.name in given):
             assignments.append(f"parallel.{field.name}={_yaml(value)}")
-    return assignments
+    return without(assignments, later)
 
 
 def _yaml(value: object) -> str:
