@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from telechat_twins.core.data.forms.formats import CSV, TSV, known_form
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.eval.local_files import ALIKE, Placed, find_splits, read_records
-from telechat_twins.core.eval.schemas import check_rows, converted
+from telechat_twins.core.eval.schemas import check_rows, converted, schema_of
 from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
@@ -99,7 +99,10 @@ def _splits(
     """The splits, each checked when a task first takes it: a published test split may lack its answers."""
     import datasets
 
-    rows = {split: [row for one in some for row in read_records(one)] for split, some in files.items()}
+    fields = schema_of(path, name).keys()
+    rows = {
+        split: [row for one in some for row in read_records(one, fields, sets.note)] for split, some in files.items()
+    }
     for some in rows.values():
         check_fields(some)
 
@@ -122,7 +125,7 @@ def _splits(
         try:
             return datasets.Dataset.from_list([row for _, row in rows[key]])
         except (ValueError, TypeError) as error:  # pyarrow's are subclasses: a column of several types
-            raise UserError(f"{files[key][0]}: {_mixed(rows[key]) or str(error)[:200]}") from None
+            raise UserError(_mixed(rows[key]) or f"{files[key][0]}: {str(error)[:200]}") from None
 
     return Splits({key: split(key) for key in files})
 
@@ -145,9 +148,8 @@ def _mixed(rows: list[Placed]) -> str | None:
         for name, value in row.items():
             before, place = seen.setdefault(name, (type(value), where))
             if value is not None and before is not type(None) and type(value) is not before:
-                line = where.rpartition(":")[2]
                 return (
-                    f"{line}: {name}: must have one type in all rows, found {type(value).__name__} here and "
+                    f"{where}: {name}: must have one type in all rows, found {type(value).__name__} here and "
                     f"{before.__name__} in {place}"
                 )
             if before is type(None):

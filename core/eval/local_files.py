@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
 from telechat_twins.core.data.forms.formats import COMPRESSIONS, STATE, is_dataset, known_form
 from telechat_twins.core.data.rows import read_rows
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.eval.wrapped_rows import wrapped_rows
 from telechat_twins.core.types import JsonObject
 
 Placed = tuple[str, JsonObject]  # file and line of a row, and the row
@@ -52,9 +53,18 @@ def find_splits(folder: Path, path: str, name: str | None) -> dict[str, list[Pat
     )
 
 
-def read_records(path: Path) -> list[Placed]:
-    """The rows of an input with their places. UserError names file and line of what is not a row."""
+def read_records(
+    path: Path, fields: Collection[str] = (), note: Callable[[str], object] = lambda _: None
+) -> list[Placed]:
+    """The rows of an input with their places. UserError names file and line of what is not a row.
+
+    ``note`` is told where they are under a key of the only object of a .json file; ``fields``: of the published data
+    set, by which such an object is known to be a row itself.
+    """
     try:
+        if wrapped := wrapped_rows(path, fields):
+            note(f"{path}: its rows are read from its key '{wrapped[0]}'")
+            return wrapped[1]
         rows = list(read_rows(path))
     except UserError as error:
         said, advised, _ = str(error).partition("; name the file's encoding")  # which no option here can

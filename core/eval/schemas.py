@@ -77,6 +77,11 @@ SCHEMAS: dict[str, Mapping[str, Kind]] = {
 }
 
 
+def schema_of(path: str, name: str | None) -> Mapping[str, Kind]:
+    """Fields of a published data set; none where nothing is known of it."""
+    return SCHEMAS.get(f"{path}/{name}", SCHEMAS.get(path, {}))
+
+
 def check_rows(rows: Sequence[tuple[str, JsonObject]], path: str, name: str | None) -> None:
     """UserError for the first row, a pair of its place and its fields, that lacks a field of the published data set or
     has another kind of value there."""
@@ -95,6 +100,5 @@ def check_rows(rows: Sequence[tuple[str, JsonObject]], path: str, name: str | No
 
 def converted(row: JsonObject, path: str, name: str | None) -> JsonObject:
     """A row of a CSV file, whose values are texts, with the whole numbers of the published data set."""
-    schema = SCHEMAS.get(f"{path}/{name}", SCHEMAS.get(path, {}))
-    numbers = {key for key, kind in schema.items() if kind.types == (int,)}
+    numbers = {key for key, kind in schema_of(path, name).items() if kind.types == (int,)}
     return {key: int(v) if key in numbers and str(v).isdecimal() else v for key, v in row.items()}

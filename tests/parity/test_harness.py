@@ -31,7 +31,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tele(place: Path, out: str, *more: str, tasks: tuple[str, ...] = tuple(KINDS), backend: str = "pt") -> int:
-    options = ["--checkpoint", str(place / "model"), "--include", str(place / "tasks"), "--quiet"]
+    include = ["--include", str(place / "tasks")] if "--include" not in more else []
+    options = ["--checkpoint", str(place / "model"), *include, "--quiet"]
     which = [] if "--backends" in more else ["--backend", backend]
     data = ["--data", str(place / "tasks" / "data")] if "--data" not in more else []
     return main(["eval", *which, *options, *data, "--tasks", *tasks, "--out", str(place / out), *more])
@@ -182,7 +183,7 @@ def test_data_of_another_schema_name_the_field(place: Path, tmp_path: Path, caps
         ),
         ("json", '{"q": 1}\n{"q"\n', "test.jsonl:2: not valid JSON"),
         ("keys", '{"q": "a"}\n{"q": "b", "gold": 1}\n', "test.jsonl:2: has a field 'gold'; every row must have"),
-        ("types", '{"q": "a"}\n{"q": 1}\n', "test.jsonl: 2: q: must have one type in all rows, found int here and str"),
+        ("types", '{"q": "a"}\n{"q": 1}\n', "test.jsonl:2: q: must have one type in all rows, found int here and str"),
         ("range", "".join([GOOD % (n, 7 * (n > 3)) for n in range(5)]), "test.jsonl:5: its process_results does not"),
     ):
         folder = tmp_path / name / "made" / "choices"

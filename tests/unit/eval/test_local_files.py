@@ -86,3 +86,49 @@ def test_saved_data_sets(tmp_path: Path) -> None:
         assert found == split and [row for _, row in read_records(file)] == [ROW, ROW]
     with pytest.raises(UserError, match="is one saved data set, without the name of its split; move it to .*<split>"):
         find_splits(tmp_path, "bare", None)
+
+
+@pytest.mark.parametrize("name", ["test.json", "test.json.gz"])
+def test_rows_under_a_key_of_the_file_are_read(tmp_path: Path, name: str) -> None:
+    """As SQuAD and BIG-bench Hard have them, with other keys beside."""
+    file, notes = tmp_path / name, []
+    data = json.dumps({"version": "1.1", "tags": ["a"], "examples": [ROW, ROW | {"n": 2}]}, indent=1).encode()
+    file.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
+    assert [row["n"] for _, row in read_records(file, note=notes.append)] == [1, 2]
+    assert notes == [f"{file}: its rows are read from its key 'examples'"]
+    assert read_records(file)[1][0] == f"{file}:1: examples, item 2"
+
+
+def test_an_object_that_is_a_row_stays_one(tmp_path: Path) -> None:
+    """One of plain values; one with all fields of its data set, as IFEval's, which has a list of objects; a line."""
+    for name, row, fields in (
+        ("plain.json", ROW, ()),
+        ("lists.json", {"q": "x", "choices": ["a", "b"]}, ()),
+        ("known.json", {"q": "x", "kwargs": [{"a": 1}]}, ("kwargs", "q")),
+        ("line.jsonl", {"data": [ROW]}, ()),
+    ):
+        (tmp_path / name).write_text(json.dumps(row))
+        assert [found for _, found in read_records(tmp_path / name, fields)] == [row]
+    (tmp_path / "two.json").write_text(json.dumps({"data": [ROW]}) + "\n" + json.dumps({"data": [ROW]}))
+    assert len(read_records(tmp_path / "two.json")) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            {"train": [ROW], "test": [ROW]},
+            r"test.json:1: is one object with rows under 2 keys \(train, test\); write each",
+        ),
+        (
+            {"q": {"0": "x"}, "n": {"0": 1}},
+            r"test.json:1: is one object, and none of its keys \(q, n\) holds a list of",
+        ),
+        ({"data": []}, r"none of its keys \(data\) holds a list of objects"),
+        ({"data": [ROW, 3]}, r"none of its keys \(data\) holds a list of objects"),
+    ],
+)
+def test_objects_without_one_list_of_rows_are_refused(tmp_path: Path, value: object, message: str) -> None:
+    (tmp_path / "test.json").write_text(json.dumps(value))
+    with pytest.raises(UserError, match=message):
+        read_records(tmp_path / "test.json")
