@@ -16,7 +16,7 @@ from telechat_twins.core.inference.text_stream import Thought, ThoughtStream
 from telechat_twins.core.inference.tool_calls import ToolCall, ToolCallStream
 from telechat_twins.core.serve import strict_json
 from telechat_twins.core.serve.constraint import ToolUse, grammar_of, read_format, read_tools
-from telechat_twins.core.serve.echo import token_text
+from telechat_twins.core.serve.echo import Named, read_named
 from telechat_twins.core.serve.errors import ApiError, shown
 from telechat_twins.core.serve.fields import Fields
 from telechat_twins.core.serve.frames import ChoicesFrame
@@ -49,7 +49,7 @@ def read_chat(body: JsonObject, served: Served, tenant: str = "") -> Draft:
     options, layout = read_options(fields, served, tenant), layout_of(served)
     stream, include_usage = read_stream(fields)
     samples, asked = read_samples(fields), _asked_tokens(fields)
-    logprobs = _read_logprobs(fields)
+    logprobs, named = _read_logprobs(fields), read_named(fields, served.tokenizer)
     fields.absent(("audio", "function_call", "functions", "reasoning_effort", "verbosity"), UNSUPPORTED)
     fields.absent(("web_search_options", "moderation"), UNSUPPORTED)
     fields.absent(("modalities",), "must be ['text']: this model generates text only", {"modalities": ["text"]})
@@ -73,7 +73,7 @@ def read_chat(body: JsonObject, served: Served, tenant: str = "") -> Draft:
     )
 
     def encode() -> AnswerJob:
-        writer = ChatWriter(served.tokenizer, bool(use.tools), conversation.thinks)
+        writer = ChatWriter(served.tokenizer, named, bool(use.tools), conversation.thinks)
         return AnswerJob((conversation.request(),), partial(ChoicesFrame, writer, include_usage), stream)
 
     return Draft(samples, encode)
@@ -311,8 +311,8 @@ class ChatWriter:
 
     prefix, kind, chunk_kind = "chatcmpl-", "chat.completion", "chat.completion.chunk"
 
-    def __init__(self, tokenizer: Tokenizer, tools: bool, thinking: bool = False) -> None:
-        self._tokenizer, self._tools, self._thinking = tokenizer, tools, thinking
+    def __init__(self, tokenizer: Tokenizer, named: Named, tools: bool, thinking: bool = False) -> None:
+        self._tokenizer, self._named, self._tools, self._thinking = tokenizer, named, tools, thinking
         self._answers: dict[int, _Answer] = {}
 
     @property
@@ -356,7 +356,7 @@ class ChatWriter:
     def _logprob(self, choice: TokenChoice) -> JsonObject:
         def entry(token: int, logprob: float | None) -> JsonObject:
             raw = self._tokenizer.token_bytes(token)
-            return {"token": token_text(self._tokenizer, token), "logprob": logprob, "bytes": list(raw)}
+            return {"token": self._named(token), "logprob": logprob, "bytes": list(raw)}
 
         return {**entry(choice.token, choice.logprob), "top_logprobs": [entry(*one) for one in choice.top]}
 

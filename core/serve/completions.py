@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from telechat_twins.core.inference.requests import Event, PromptScores, Request
 from telechat_twins.core.inference.sampling import TokenChoice
 from telechat_twins.core.serve.constraint import ToolUse, grammar_of, read_format
-from telechat_twins.core.serve.echo import EchoedPrompt, echoed, token_text, top_texts
+from telechat_twins.core.serve.echo import EchoedPrompt, Named, echoed, read_named, top_texts
 from telechat_twins.core.serve.errors import shown
 from telechat_twins.core.serve.fields import Fields
 from telechat_twins.core.serve.frames import ChoicesFrame
@@ -27,7 +27,7 @@ from telechat_twins.core.serve.length import check_length
 from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
-    from telechat_twins.core.data.tokenizer import Tokenizer
+    pass
 
 DEFAULT_NEW = 16  # tokens; the OpenAI API's default
 MAX_PROMPTS = 128
@@ -41,6 +41,7 @@ def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft
     echo = fields.boolean("echo")
     samples, asked = read_samples(fields), fields.integer("max_tokens", 0 if echo else 1, None)
     logprobs = fields.integer("logprobs", 0, MAX_LOGPROBS)
+    named = read_named(fields, served.tokenizer)
     schema = read_format(fields)
     fields.absent(
         ("best_of", "suffix"), "is not supported by this server; leave it out", {"best_of": samples, "suffix": ""}
@@ -75,7 +76,7 @@ def read_completion(body: JsonObject, served: Served, tenant: str = "") -> Draft
             for ids in encoded
         )
         repeated = [echoed(*pair, served) for pair in zip(prompts, encoded, strict=True)] if echo else []
-        writer = CompletionWriter(served.tokenizer, repeated, samples, logprobs is not None)
+        writer = CompletionWriter(named, repeated, samples, logprobs is not None)
         return AnswerJob(requests, partial(ChoicesFrame, writer, include_usage), stream)
 
     return Draft(len(prompts) * samples, encode)
@@ -138,9 +139,9 @@ class CompletionWriter:
     reasoned = None
 
     def __init__(
-        self, tokenizer: Tokenizer, repeated: Sequence[EchoedPrompt] = (), samples: int = 1, scored: bool = False
+        self, named: Named, repeated: Sequence[EchoedPrompt] = (), samples: int = 1, scored: bool = False
     ) -> None:
-        self._tokenizer, self._repeated, self._samples, self._scored = tokenizer, repeated, samples, scored
+        self._named, self._repeated, self._samples, self._scored = named, repeated, samples, scored
         self._scores: dict[int, PromptScores] = {}  # by prompt; with the first event of its first sample
         self._entries: dict[int, list[JsonObject]] = {}  # by answer
 
@@ -155,7 +156,7 @@ class CompletionWriter:
                 self._scores[place] = event.scores
             if index not in self._entries:
                 scores = self._scores.get(place) if self._scored else None
-                before = [self._repeated[place].entry(index, self._tokenizer, scores)]
+                before = [self._repeated[place].entry(index, self._named, scores)]
         logprobs = None
         # A stop token is not part of the answer, but beside a prompt's tokens each generated one is listed: clients
         # count them from the end.
@@ -191,8 +192,8 @@ class CompletionWriter:
         """Log-probabilities of one token. ``top_logprobs`` always has the drawn token, so it may have one entry more
         than requested."""
         return {
-            "tokens": [token_text(self._tokenizer, choice.token)],
+            "tokens": [self._named(choice.token)],
             "token_logprobs": [choice.logprob],
-            "top_logprobs": [top_texts(self._tokenizer, choice.token, choice.logprob, choice.top)],
+            "top_logprobs": [top_texts(self._named, choice.token, choice.logprob, choice.top)],
             "text_offset": [offset],
         }

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from telechat_twins.core.inference.requests import PromptScores
+from telechat_twins.core.serve.fields import Fields
 from telechat_twins.core.serve.job import Served
 from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
     from telechat_twins.core.data.tokenizer import Tokenizer
+
+Named = Callable[[int], str]
+"""How a response writes a token, by its id."""
 
 
 class EchoedPrompt(NamedTuple):
@@ -20,13 +25,13 @@ class EchoedPrompt(NamedTuple):
     ids: tuple[int, ...]
     offsets: tuple[int, ...]
 
-    def entry(self, index: int, tokenizer: Tokenizer, scores: PromptScores | None) -> JsonObject:
+    def entry(self, index: int, named: Named, scores: PromptScores | None) -> JsonObject:
         """The entry of ``choices`` that comes before the completion's own; the first token has no log-probability."""
         logprobs = None
         if scores is not None:
-            tops = [top_texts(tokenizer, choice.token, choice.logprob, choice.top) for choice in scores.tokens]
+            tops = [top_texts(named, choice.token, choice.logprob, choice.top) for choice in scores.tokens]
             logprobs = {
-                "tokens": [token_text(tokenizer, token) for token in self.ids],
+                "tokens": [named(token) for token in self.ids],
                 "token_logprobs": [None, *(choice.logprob for choice in scores.tokens)],
                 "top_logprobs": [None, *tops],
                 "text_offset": list(self.offsets),
@@ -44,15 +49,21 @@ def echoed(prompt: str | list[int], ids: Sequence[int], served: Served) -> Echoe
     return EchoedPrompt(prompt if isinstance(prompt, str) else text, tuple(ids), tuple(offsets))
 
 
+def read_named(fields: Fields, tokenizer: Tokenizer) -> Named:
+    """How tokens are written: as text, or where vLLM's ``return_tokens_as_token_ids`` is true as ``token_id:5``, by
+    which tokens of equal text are told apart."""
+    return "token_id:{}".format if fields.boolean("return_tokens_as_token_ids") else partial(token_text, tokenizer)
+
+
 def top_texts(
-    tokenizer: Tokenizer, token: int, logprob: float | None, top: Sequence[tuple[int, float]]
+    named: Named, token: int, logprob: float | None, top: Sequence[tuple[int, float]]
 ) -> dict[str, float | None]:
     """Log-probabilities by text, of the likeliest tokens and of ``token``. Of tokens with the same text it has
     ``token``, else the likeliest."""
     tops: dict[str, float | None] = {}
     for other, value in top:
-        tops.setdefault(token_text(tokenizer, other), value)
-    tops[token_text(tokenizer, token)] = logprob
+        tops.setdefault(named(other), value)
+    tops[named(token)] = logprob
     return tops
 
 

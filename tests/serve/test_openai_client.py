@@ -142,6 +142,11 @@ def test_log_probabilities_of_a_chat(client):
     ]
     assert streamed == content
     assert chat(client, logprobs=True).choices[0].logprobs.content[0].top_logprobs == []
+    by_id = chat(client, logprobs=True, top_logprobs=2, extra_body={"return_tokens_as_token_ids": True})
+    told = by_id.choices[0].logprobs.content
+    assert [one.bytes for one in told] == [one.bytes for one in content]
+    pieces = [tiny_tokenizer().token_bytes(int(one.token.removeprefix("token_id:"))) for one in told]
+    assert b"".join(pieces) == raw
 
 
 def test_tool_calls_are_told_in_their_form(client):
@@ -441,3 +446,19 @@ def test_echo_repeats_the_prompt_with_its_log_probabilities(client):
     assert chunks[0].choices[0].text == "The quick brown fox"
     tokens = [token for chunk in chunks if chunk.choices[0].logprobs for token in chunk.choices[0].logprobs.tokens]
     assert tokens == whole.tokens
+
+
+def test_tokens_of_equal_text_are_told_apart_by_their_ids(client):
+    """The tokenizer has every byte beside its characters' own pieces: one text, two tokens."""
+    tokenizer = tiny_tokenizer()
+    texts = [tokenizer.token_bytes(token) for token in range(tokenizer.vocab_size)]
+    same = [token for token, text in enumerate(texts) if text == b"a"]
+    assert len(same) == 2
+    prompt = [*tokenizer.encode("The"), *same]
+    options = dict(model=NAME, prompt=prompt, max_tokens=0, logprobs=20, echo=True)
+    told = client.completions.create(**options).choices[0].logprobs
+    by_id = client.completions.create(**options, extra_body={"return_tokens_as_token_ids": True}).choices[0].logprobs
+    assert told.tokens[-2:] == ["a", "a"] and by_id.tokens == [f"token_id:{token}" for token in prompt]
+    assert by_id.token_logprobs == told.token_logprobs
+    for found, text_tops, id_tops in zip(by_id.tokens[1:], told.top_logprobs[1:], by_id.top_logprobs[1:], strict=True):
+        assert len(text_tops) <= len(id_tops) in (20, 21) and found in id_tops

@@ -20,7 +20,6 @@ _REPEATS = "use repetition_penalty, frequency_penalty or presence_penalty"
 _BEAMS = "this server draws or takes the likeliest token, without beam search; leave it out"
 _PROMPT = "use /v1/completions with echo and logprobs, which give the log-probabilities of the prompt"
 _THINKS = "use chat_template_kwargs, where the model's chat template reads such a value"
-_IDS = "use logprobs, which list each token's text and, for chats, its bytes"
 _GRAMMAR = "use response_format, or structured_outputs with json, json_object, choice or regex"
 _LENGTH = "use max_tokens"
 _DRAWS = "use temperature: 0 takes the likeliest token, above 0 draws"
@@ -45,9 +44,10 @@ FIELDS: dict[str, Elsewhere] = {
     "no_repeat_ngram_size": Elsewhere(_REPEATS, (0,)),
     "priority": Elsewhere("requests are served in the order of their arrival; leave it out", (0,)),
     "prompt_logprobs": Elsewhere(_PROMPT),
-    "return_token_ids": Elsewhere(_IDS, (False,)),
-    "return_tokens_as_token_ids": Elsewhere(_IDS, (False,)),
-    "skip_special_tokens": Elsewhere("control tokens have no text here; " + _IDS, (True,)),
+    "return_token_ids": Elsewhere("use logprobs with return_tokens_as_token_ids", (False,)),
+    "skip_special_tokens": Elsewhere(
+        "control tokens have no text here; use logprobs with return_tokens_as_token_ids", (True,)
+    ),
     "spaces_between_special_tokens": Elsewhere("control tokens have no text here; leave it out", (True, False)),
     "thinking": Elsewhere(_THINKS),
     "truncate_prompt_tokens": Elsewhere("a prompt is never cut; shorten it"),
