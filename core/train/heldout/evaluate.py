@@ -116,14 +116,24 @@ class HeldOut:
         return {} if self._eval is None else {"held_out": asdict(self.best)}
 
     def load(self, trainer: JsonObject) -> None:
-        """Continue from a checkpoint's record; a run without one begins to compare anew."""
-        self.best = Best(**trainer.get("held_out", {}))
+        """Continue from a checkpoint's record. A run without one begins to compare anew, and so does one that judges
+        by another metric or other rows: the numbers before would be of another thing."""
+        same = judged_by(trainer["config"]) == judged_by(self._config.to_dict())
+        self.best = Best(**trainer.get("held_out", {})) if same else Best()
 
     @staticmethod
     def mark(folder: Path, checkpoint: Path | None, rank: int) -> None:
         """Let the run's file ``best`` name the checkpoint that has just been saved; rank 0 writes it."""
         if checkpoint is not None and rank == 0:
             write_text(folder / BEST, checkpoint.name + "\n")
+
+
+def judged_by(config: JsonObject) -> list[object]:
+    """What the number of ``judged_value`` depends on besides the weights, in a run's configuration as it is written."""
+    given = config.get("eval") or {}
+    named = [source.get("name") or Path(source["path"]).name for source in given.get("sources") or []]
+    rows = (given.get("batches"), config["train"]["global_batch"], config["data"]["seq_len"])
+    return [given.get("metric"), named, *rows]
 
 
 def judged_value(metrics: Mapping[str, float], config: EvalConfig) -> float:

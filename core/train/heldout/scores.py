@@ -9,9 +9,11 @@ moment whether rank 0 has finished. An evaluation that fails is a warning: train
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib.util
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -33,6 +35,7 @@ from telechat_twins.core.types import JsonObject
 FOLDER = "evaluations"  # of a run; a folder a step below it
 DONE = "finished"  # file of a step's folder, once all of it is in the records
 SAMPLES = "samples.jsonl"
+GIVEN = "given.json"  # file of a step's folder: what its evaluation was begun with
 BACKENDS = {"mindspore": "ms", "pytorch": "pt"}
 MOMENT_S = 0.5  # between two looks at an evaluation
 SHOWN = 160  # characters of a continuation on the console
@@ -73,7 +76,7 @@ class CheckpointScores(Hook):
     def judge(self, step: int, checkpoint: Path, note: Note, stopped: Callable[[], bool]) -> Row:
         row: Row = {}
         if self._stepper.rank == 0:
-            self._of(step).mkdir(parents=True, exist_ok=True)
+            self._begin(step, checkpoint)
         jobs = [("tasks", self._task_words), ("samples", self._sample_words)]
         for name, words in jobs:
             if not getattr(self._eval, name):
@@ -90,6 +93,19 @@ class CheckpointScores(Hook):
                 if problem is not None:
                     note(f"warning: step {step}: eval.{name} could not be evaluated ({problem}); training goes on")
         return row
+
+    def _begin(self, step: int, checkpoint: Path) -> None:
+        """Make the step's folder. What `tele eval` would refuse to go on with is removed: a part of an evaluation by
+        another backend or other options, as of a run that was resumed with those, and a finished one, of a step that a
+        run resumed further back passes again."""
+        folder = self._of(step)
+        given = json.dumps([self._model_words(checkpoint), dataclasses.asdict(self._eval)], ensure_ascii=False) + "\n"
+        before = folder / GIVEN
+        begun = before.is_file() and before.read_text(encoding="utf-8") == given
+        if folder.is_dir() and (not begun or (folder / DONE).is_file()):
+            shutil.rmtree(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_text(before, given)
 
     def judged(self, step: int) -> None:
         if self._stepper.rank == 0:

@@ -115,6 +115,36 @@ def test_an_interrupted_evaluation_is_finished_by_the_resumed_run(tmp_path, monk
     assert mark.stat().st_mtime_ns == before
 
 
+class OtherStepper(Stepper):
+    def implementation(self):
+        return {"backend": "MindSpore 0", "device": "cpu"}
+
+
+REFUSES = """
+import pathlib, sys
+for name in ("--out",):
+    out = pathlib.Path(sys.argv[1:][sys.argv[1:].index(name) + 1])
+    if out.exists():
+        sys.exit("tele: was begun with other options")
+"""
+
+
+def test_an_evaluation_that_another_backend_began_is_begun_anew(tmp_path, monkeypatch, capsys):
+    """As is one of a step that is passed again from an earlier checkpoint: `tele eval` would refuse both."""
+    stand_in(monkeypatch, REFUSES + STAND_IN.replace("FAILS", "-1"))
+    config = run_config(train__steps=5, checkpoint={"every": 2, "keep_last": 9}, eval=GIVEN)
+    loop.train(Stepper, config, tmp_path)
+    last = tmp_path / "evaluations" / "step-00000005"
+    (last / "finished").unlink()
+    loop.train(OtherStepper, config, tmp_path, resume="auto")
+    assert "could not be evaluated" not in capsys.readouterr().err and (last / "finished").is_file()
+    assert '"--backend", "ms"' in _log(tmp_path, 5, "tasks") and '"--backend", "pt"' in _log(tmp_path, 4, "tasks")
+    loop.train(Stepper, config, tmp_path, resume=str(tmp_path / "step-00000002"))
+    assert "could not be evaluated" not in capsys.readouterr().err
+    assert [row["step"] for row in read_metrics(tmp_path) if "tasks/arc/acc" in row] == [2, 4, 5]
+    assert '"--backend", "pt"' in _log(tmp_path, 5, "samples")
+
+
 def test_all_ranks_wait_for_rank_0(tmp_path, monkeypatch):
     stand_in(monkeypatch, STAND_IN.replace("FAILS", "-1"))
     cluster = Cluster(2)

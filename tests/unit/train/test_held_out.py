@@ -132,6 +132,32 @@ def test_the_best_checkpoint_stays_and_patience_ends_the_run(held, tmp_path, mon
     assert loop.train(NumpyStepper, config, tmp_path, resume="auto").step == 10
 
 
+@pytest.mark.parametrize(
+    ("change", "step"),
+    [
+        ({}, 2),  # 1.0 of the first evaluation stays the best
+        ({"metric": "c/loss"}, 8),
+        ({"batches": 3}, 8),
+        ({"sources": TWO[:1]}, 8),
+        ({"patience": 9, "every": 4}, 2),  # these judge nothing
+    ],
+)
+def test_a_resumed_run_that_judges_by_another_number_compares_anew(held, tmp_path, monkeypatch, change, step) -> None:
+    losses = iter([1.0, 2.0, 2.5, 2.25, 2.75, 3.0, 3.5])
+
+    def made(given, *_):
+        return figures("web", loss := next(losses), 10, 20) | figures("c", loss, 1, 0)
+
+    monkeypatch.setattr(evaluate, "held_out_metrics", made)
+    section = {"sources": TWO, "every": 2, "keep_best": True}
+    first = run_config(train__steps=6, eval=section, checkpoint={"every": 1, "keep_last": 9})
+    loop.train(NumpyStepper, first, tmp_path)
+    then = run_config(train__steps=12, eval=section | change, checkpoint={"every": 1, "keep_last": 9})
+    loop.train(NumpyStepper, then, tmp_path, resume="auto")
+    assert open_checkpoint(tmp_path).trainer["held_out"]["step"] == step
+    assert (tmp_path / "best").read_text() == f"step-{step:08d}\n"
+
+
 def test_the_figures_are_drawn_and_go_to_tensorboard(held, tmp_path) -> None:
     loop.train(NumpyStepper, run_config(eval={"sources": TWO, "every": 5}), tmp_path)
     (events,) = (tmp_path / "tensorboard").iterdir()
