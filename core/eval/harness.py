@@ -14,7 +14,7 @@ from telechat_twins.core.backends import install_command
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.eval.local_data import local_data
 from telechat_twins.core.eval.presets import PRESETS, TaskPlan
-from telechat_twins.core.eval.task_errors import task_errors
+from telechat_twins.core.eval.task_errors import task_errors, unsafe
 from telechat_twins.core.near import nearest
 from telechat_twins.core.types import JsonObject
 
@@ -114,7 +114,7 @@ def run_task(plan: TaskPlan, model: EngineModel, manager: TaskManager, options: 
     from lm_eval.evaluator import simple_evaluate
 
     if any(plan.name.startswith(name) for name in UNSAFE) and not options.unsafe:
-        raise UserError(f"{plan.name}: executes code that the model writes; in a sandbox, add --run-unsafe-code")
+        raise UserError(unsafe(plan.name))
     if plan.name in SENTENCES:
         _require_sentences(plan.name, options.data)
     with _bars(options.quiet), _no_git(), local_data(options.data) as sets, task_errors(plan.name, options.data, sets):

@@ -19,6 +19,7 @@ from telechat_twins.core.types import JsonObject
 
 _OURS = "telechat_twins."  # an error inside the model is not the data's
 _TOO_FEW = re.compile(r"samples requested exceeds the \d+|[Ss]ample larger than population|no documents available for")
+_MARKED_UNSAFE = "which is marked as unsafe"  # the harness's words for a task file with `unsafe_code: true`
 _TASK, _FACTORY = "lm_eval.api.task", "lm_eval.tasks._factory"
 _STEPS = ("doc_to_text", "doc_to_target", "doc_to_choice", "process_docs", "process_results")
 
@@ -67,6 +68,8 @@ def task_errors(name: str, data: Path | None, sets: LocalSets) -> Iterator[None]
             f"{name}: its data set or metric cannot be read{where} ({str(error)[:120]}); give local copies with --data"
         ) from None
     except Exception as error:
+        if _MARKED_UNSAFE in str(error):
+            raise UserError(unsafe(name)) from None
         if _TOO_FEW.search(str(error)):
             raise UserError(
                 f"{name}: there are fewer rows to give as examples than the task wants; give a smaller --shots, or "
@@ -83,6 +86,11 @@ def task_errors(name: str, data: Path | None, sets: LocalSets) -> Iterator[None]
         if "not among the choices" in problem and re.search(r"\.[ct]sv(\.\w+)?:\d+$", place or ""):
             problem += "; cells of such a table are texts, write .jsonl with whole numbers"
         raise UserError(f"{place or name}: {problem} (task {name})") from None
+
+
+def unsafe(name: str) -> str:
+    """What is said of a task that needs --run-unsafe-code."""
+    return f"{name}: executes code that the model writes; in a sandbox, add --run-unsafe-code"
 
 
 def _row_of(trace: TracebackType | None, sets: LocalSets) -> tuple[JsonObject, str | None, str, str] | None:

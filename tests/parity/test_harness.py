@@ -199,6 +199,7 @@ BROKEN = {  # changes of a task file, and what is said about it
     "filter": ({"filter_list": [{"name": "n", "filter": [{"function": "regexx"}]}]}, "Unknown filter 'regexx'"),
     "metric": ({"metric_list": [{"metric": "accuracyy"}]}, "it knows no metric 'accuracyy'"),
     "key": ({"output_typ": "multiple_choice"}, "unexpected keyword argument 'output_typ'"),
+    "unsafe": ({"unsafe_code": True}, "executes code that the model writes; in a sandbox, add --run-unsafe-code"),
     "include": ({"include": "gone.yaml"}, "broken.yaml: names the task 'broken', but is not read"),
 }
 
