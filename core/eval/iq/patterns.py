@@ -1,67 +1,54 @@
-"""Pattern mining (section 5.3): five examples and no instruction."""
+"""Pattern mining (section 5.3): five examples and no instruction.
+
+Items are drawn again where another rule (core.eval.iq.rivals) explains the examples and answers the question otherwise.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
+from telechat_twins.core.errors import UserError
 from telechat_twins.core.eval.iq.items import Draw, IQOptions, Item, Suite, examples, scores
+from telechat_twins.core.eval.iq.rivals import answers
 
 SHOTS = 5
+MAX_DRAWS = 1000
 MARKS = {"en": ("Input: ", "Output: "), "zh": ("输入: ", "输出: ")}
+
+Pairs = list[tuple[str, str]]
 
 
 def head_tail(draw: Draw, options: IQOptions, language: str) -> Item:
-    """A head and a tail, the same in all examples, around the input. Drawn again where the examples fit another pair of
-    head and tail, too."""
-    while True:
+    """A head and a tail, the same in all examples, around the input."""
+
+    def pairs() -> Pairs:
         head, tail = (draw.text(options.letters, options.affix) for _ in range(2))
-        inputs = _inputs(draw, options)
-        pairs = [(text, head + text + tail) for text in inputs]
-        if affixes(pairs[:-1]) == {(head, tail)}:
-            return _item(pairs, language)
+        return [(text, head + text + tail) for text in _different(draw, options.letters, options.length)]
 
-
-def affixes(pairs: Sequence[tuple[str, str]]) -> set[tuple[str, str]]:
-    """All pairs of head and tail that explain every example."""
-    found: set[tuple[str, str]] | None = None
-    for text, out in pairs:
-        starts = [n for n in range(len(out) - len(text) + 1) if out.startswith(text, n)]
-        here = {(out[:n], out[n + len(text) :]) for n in starts}
-        found = here if found is None else found & here
-    return found or set()
+    return _item(pairs, language)
 
 
 def full_repeating(draw: Draw, options: IQOptions, language: str) -> Item:
     """The input twice."""
-    return _item([(text, text + text) for text in _inputs(draw, options)], language)
+    return _item(lambda: [(text, text + text) for text in _different(draw, options.letters, options.length)], language)
 
 
 def head_slicing(draw: Draw, options: IQOptions, language: str) -> Item:
-    """The first characters of the input, as many in all examples. Drawn again where the examples fit another rule with
-    another answer, too: all but as many at the end, or half of the input."""
-    while True:
+    """The first characters of the input, as many in all examples.
+
+    The question is no shorter than all examples and no longer: of a rule by which a longer input keeps no fewer
+    characters, such as any share of the length, it has the same answer.
+    """
+
+    def pairs() -> Pairs:
         kept = draw.between(options.sliced)
         longer = (max(options.length[0], kept + 1), max(options.length[1], kept + 2))
-        pairs = [(text, text[:kept]) for text in _different(draw, options.letters, longer)]
-        if slices(pairs[:-1], pairs[-1][0]) == {pairs[-1][1]}:
-            return _item(pairs, language)
+        while True:
+            *shown, question = _different(draw, options.letters, longer)
+            if min(map(len, shown)) <= len(question) <= max(map(len, shown)):
+                return [(text, text[:kept]) for text in (*shown, question)]
 
-
-def slices(pairs: Sequence[tuple[str, str]], question: str) -> set[str]:
-    """The answers to ``question`` of all rules of slicing that explain every example: the first n characters, all but
-    the last n, half of them rounded down or up."""
-    text, out = pairs[0]
-    kept, cut = len(out), len(text) - len(out)
-    rules: list[Callable[[int], int]] = [lambda n: kept, lambda n: n - cut, lambda n: n // 2, lambda n: (n + 1) // 2]
-    return {
-        question[: max(rule(len(question)), 0)]
-        for rule in rules
-        if all(text[: rule(len(text))] == out for text, out in pairs)
-    }
-
-
-def _inputs(draw: Draw, options: IQOptions) -> list[str]:
-    return _different(draw, options.letters, options.length)
+    return _item(pairs, language)
 
 
 def _different(draw: Draw, letters: str, bounds: tuple[int, int]) -> list[str]:
@@ -72,8 +59,13 @@ def _different(draw: Draw, letters: str, bounds: tuple[int, int]) -> list[str]:
     return list(found)
 
 
-def _item(pairs: Sequence[tuple[str, str]], language: str) -> Item:
-    return Item(examples(pairs, MARKS[language]), " " + pairs[-1][1])
+def _item(draw_pairs: Callable[[], Pairs], language: str) -> Item:
+    """The first item drawn to whose question no rival rule that explains the examples gives another answer."""
+    for _ in range(MAX_DRAWS):
+        pairs = draw_pairs()
+        if answers(pairs[:-1], pairs[-1][0]) == {pairs[-1][1]}:
+            return Item(examples(pairs, MARKS[language]), " " + pairs[-1][1])
+    raise UserError(f"no item without a second rule was found in {MAX_DRAWS:,}; take more letters or longer inputs")
 
 
 SUITES = (

@@ -22,7 +22,7 @@ from telechat_twins.core.files.atomic import write_text
 from telechat_twins.core.types import JsonObject
 
 SUITES: tuple[Suite, ...] = (*rules.SUITES, *patterns.SUITES, *interference.SUITES)
-VERSION = 1
+VERSION = 2
 SPACE = [r"^\s+", r"\s+$"]  # around an answer does not count
 
 
