@@ -18,7 +18,7 @@ from telechat_twins.core.data.packed import PackedDataset, bytes_to_verify, veri
 from telechat_twins.core.data.packing.show import BRIEF, own_tokenizer, samples
 from telechat_twins.core.data.packing.teacher import FALSE_PIECE, TRUE_PIECE, class_tokens, pack_teacher
 from telechat_twins.core.data.prepare import pack_dialogues, pack_text, progress_bar
-from telechat_twins.core.data.rows import skipped_inputs
+from telechat_twins.core.data.rows import input_notes
 from telechat_twins.core.data.sft import MINDFORMERS_SEED, VARIANTS
 from telechat_twins.core.data.tokenizer import Tokenizer, assumed, load_tokenizer
 from telechat_twins.core.errors import UserError
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     if args.show is not None and args.out is None and args.tokenizer is None:
         return _show_packed(args)
     _check(args)
-    for note in skipped_inputs(args.inputs, rows=_use(args) != TEXT):
+    for note in input_notes(args.inputs, _use(args) != TEXT, args.encoding):
         print(f"note: {note}", file=sys.stderr)
     control = args.control or ("mindformers" if args.sft == "mindformers" else "auto")
     # Packed ids feed an embedding, so a control token beyond the vocabulary must not be made here.

@@ -23,7 +23,7 @@ from telechat_twins.core.commands.options import (
     columns_from,
     given_sampling,
     load_model,
-    note_unmet,
+    note_rows,
     sampling_from,
 )
 from telechat_twins.core.data.forms.streams import UTF8
@@ -282,7 +282,7 @@ def _reject(args: argparse.Namespace) -> int:
         return read_prompts(args.prompts, reading, args.encoding or UTF8, layout.thinks())
 
     found = survey(prompts(), encode)
-    note_unmet(reading)
+    note_rows(reading, args.prompts, args.encoding)
     _default_length(args, model, len(found.longest))
     template = Request(
         prompt_ids=tuple(found.longest),

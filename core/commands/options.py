@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING
 
 from telechat_twins.core import backends
 from telechat_twins.core.data.control import CONTROL_CHOICES
+from telechat_twins.core.data.forms.streams import UTF8
 from telechat_twins.core.data.kinds.columns import Columns, read_columns
 from telechat_twins.core.data.kinds.dataset_info import dataset_columns
 from telechat_twins.core.data.kinds.messages import ROLES, Reading
 from telechat_twins.core.data.kinds.table import DIALOGUE, OPTION, PREFERENCE
-from telechat_twins.core.data.rows import row_files
+from telechat_twins.core.data.rows import find_inputs, row_files, under_notes
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.shown import message_line, printable
 from telechat_twins.core.types import JsonObject
@@ -225,9 +226,9 @@ def columns_unmet(reading: Reading) -> list[str]:
     ]
 
 
-def note_unmet(reading: Reading) -> None:
-    """Print a note for each ``--column`` whose key no row had."""
-    for line in columns_unmet(reading):
+def note_rows(reading: Reading, inputs: Sequence[str], encoding: str | None) -> None:
+    """Print a note for each file whose rows are those under a key, and for each ``--column`` whose key no row had."""
+    for line in [*under_notes(find_inputs(inputs), encoding or UTF8), *columns_unmet(reading)]:
         print(f"note: {line}", file=sys.stderr)
 
 

@@ -12,7 +12,7 @@ from telechat_twins.core.data.chat_layout import open_layout, require_layout
 from telechat_twins.core.data.control import CONTROL_CHOICES
 from telechat_twins.core.data.dialogues import parse_dialogue
 from telechat_twins.core.data.prepare import read_texts
-from telechat_twins.core.data.rows import skipped_inputs
+from telechat_twins.core.data.rows import input_notes
 from telechat_twins.core.data.tokenizer import check_vocabulary, load_tokenizer
 from telechat_twins.core.data.tokenizer_training import train_tokenizer
 from telechat_twins.core.errors import UserError
@@ -88,7 +88,7 @@ def _train(args: argparse.Namespace) -> int:
         raise UserError(f"{out}: is a folder; --out names the file to write, e.g. {out / 'tokenizer.model'}")
     if out.exists() and not args.force:
         raise UserError(f"{out}: exists already; choose another --out, or replace it with --force")
-    for note in skipped_inputs(args.inputs):
+    for note in input_notes(args.inputs):
         print(f"note: {note}", file=sys.stderr)
     begun = time.monotonic()
     texts = read_texts(args.inputs, args.max_bytes, args.ignore_key)

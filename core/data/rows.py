@@ -17,6 +17,7 @@ from telechat_twins.core.data.forms.json_rows import UnreadLines, UnreadRow, jso
 from telechat_twins.core.data.forms.long_rows import LINES_BYTES, document_rows
 from telechat_twins.core.data.forms.streams import UTF8, OnBytes, RowAt
 from telechat_twins.core.data.forms.texts import Block, text_blocks
+from telechat_twins.core.data.forms.wrapped import under_notes
 from telechat_twins.core.data.kinds.fields import found_type, refuse_unread
 from telechat_twins.core.data.kinds.harmless import HARMLESS
 from telechat_twins.core.data.kinds.messages import Reading, unused
@@ -24,7 +25,16 @@ from telechat_twins.core.data.kinds.table import KINDS, TEXT, keys_found, mark_k
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
 
-__all__ = ["Block", "UnreadLines", "UnreadRow", "Unchanged", "find_inputs", "skipped_inputs", "total_bytes"]
+__all__ = [
+    "Block",
+    "UnreadLines",
+    "UnreadRow",
+    "Unchanged",
+    "find_inputs",
+    "skipped_inputs",
+    "total_bytes",
+    "under_notes",
+]
 
 
 def read_rows(path: Path, on_bytes: OnBytes | None = None, encoding: str = UTF8) -> Iterator[RowAt]:
@@ -37,6 +47,12 @@ def read_rows(path: Path, on_bytes: OnBytes | None = None, encoding: str = UTF8)
     if form in (CSV, TSV):
         return csv_rows(path, on_bytes, encoding)
     return json_rows(path, on_bytes, encoding)
+
+
+def input_notes(inputs: Sequence[str | Path], rows: bool = False, encoding: str = UTF8) -> list[str]:
+    """What is to be said of inputs before they are read: files that a folder search skips, and files whose rows are
+    those under a key. ``rows``: whether only files of rows are searched for."""
+    return [*skipped_inputs(inputs, rows), *under_notes(find_inputs(inputs, rows), encoding)]
 
 
 def row_files(inputs: Sequence[str | Path], what: str) -> list[Path]:

@@ -18,7 +18,7 @@ from telechat_twins.core.data.blend import open_blend
 from telechat_twins.core.data.demo_text import write_demo_text
 from telechat_twins.core.data.packed import PackedDataset
 from telechat_twins.core.data.prepare import pack_dialogues, pack_text, read_texts
-from telechat_twins.core.data.rows import detect_kind, find_inputs, skipped_inputs
+from telechat_twins.core.data.rows import detect_kind, find_inputs, input_notes
 from telechat_twins.core.data.tokenizer import Tokenizer, assumed, load_tokenizer, special_ids
 from telechat_twins.core.data.tokenizer_training import train_tokenizer
 from telechat_twins.core.errors import UserError
@@ -154,7 +154,7 @@ def prepare(data: Sequence[str] | None, tokenizer_file: str | None, out: Path) -
     groups: dict[str, Sequence[Path]]
     if data:
         groups, shares = {"data": find_inputs(data)}, {"data": 1.0}
-        for note in skipped_inputs(data):
+        for note in input_notes(data):
             print(f"note: {note}")
     else:
         groups, shares = {name: [file] for name, file in write_demo_text(out / "text").items()}, SHARES

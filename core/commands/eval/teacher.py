@@ -16,7 +16,7 @@ from telechat_twins.core.commands.options import (
     add_column_arguments,
     columns_from,
     load_model,
-    note_unmet,
+    note_rows,
 )
 from telechat_twins.core.data.forms.streams import UTF8, check_encoding
 from telechat_twins.core.data.kinds.messages import Reading
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
     reading = Reading(frozenset(args.ignore_key), kind=args.kind, columns=columns)
     with progress_bar("reading", total_bytes(files), args.quiet) as bar:
         rows = read_teacher_rows(files, model.tokenizer, reading, args.encoding, bar.update)
-    note_unmet(reading)
+    note_rows(reading, args.files, args.encoding)
     if reading.left_out:
         names = printable(", ".join(sorted(reading.left_out)), 400)
         print(f"note: keys that hold no proposition are left out: {names}", file=sys.stderr)

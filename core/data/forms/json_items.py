@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import IO, NamedTuple
 
 from telechat_twins.core.data.forms.streams import marked, not_utf8
+from telechat_twins.core.data.kinds.harmless import HARMLESS_OF_FILE
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.files.foreign import MAX_LINE
+from telechat_twins.core.files.foreign import MAX_LINE, parse_value
+from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
 
 BLOCK_BYTES = 1 << 20
@@ -20,6 +22,7 @@ _OUTSIDE = re.compile(rb'["\[\]{},]')
 _INSIDE = re.compile(rb'["\\]')
 _VISIBLE = re.compile(rb"[^ \t\r\n]")
 _SPACE = b" \t\r\n"
+_KEY = re.compile(rb'"(?:[^"\\]++|\\.)*+"', re.DOTALL)
 
 
 class Item(NamedTuple):
@@ -45,13 +48,14 @@ class LongItem:
     found: bool = False
 
 
-def json_items(file: IO[bytes], path: Path, limit: int = MAX_LINE) -> Iterator[Item]:
+def json_items(file: IO[bytes], path: Path, limit: int = MAX_LINE, under: str | None = None) -> Iterator[Item]:
     """The elements of a JSON list, or JSON objects that follow one another with nothing but space between them.
 
-    The elements are not parsed, so each must be judged by a parser. UserError for a file that is neither, for a list or
-    an object that does not end, for text behind the list, and for an element of more than ``limit`` bytes.
+    ``under``: the file is one object, and the list is under this key of it. The elements are not parsed, so each must
+    be judged by a parser. UserError for a file that is neither, for a list or an object that does not end, for text
+    behind the list, and for an element of more than ``limit`` bytes.
     """
-    for item in Splitter(file, path, limit).items():
+    for item in Splitter(file, path, limit, under).items():
         assert isinstance(item, Item)  # there is no ``long``
         yield item
 
@@ -66,8 +70,8 @@ class Splitter:
     ``held`` is what of it lies in memory; its byte at ``begin`` is the file's byte at ``offset``, in line ``line``.
     """
 
-    def __init__(self, file: IO[bytes], path: Path, limit: int):
-        self.file, self.path, self.limit = file, path, limit
+    def __init__(self, file: IO[bytes], path: Path, limit: int, under: str | None = None):
+        self.file, self.path, self.limit, self.under = file, path, limit, under
         self.long: Callable[[int], LongItem] | None = None  # makes an element beyond the limit, by its number
         self.held = b""
         self.begin = self.offset = 0
@@ -83,8 +87,10 @@ class Splitter:
         if opening == b"[":
             self.drop(1)
             yield from self._listed()
+            if self.next_byte():
+                raise self.wrong("text behind the end of the list; expected one list")
         elif opening == b"{":
-            yield from self._one_after_another()
+            yield from self._one_after_another() if self.under is None else self._held(self.under)
         elif opening:
             head = self.held[self.begin : self.begin + 4]
             what = not_utf8(head) if marked(head) else "not JSON rows; expected a list of objects, or objects"
@@ -113,8 +119,48 @@ class Splitter:
                 raise self.wrong(f"item {number}: a value is missing in the list")
             yield Item(self.offset, self.line, number, data)
             self.drop(size + 1)
+
+    def _held(self, under: str) -> Iterator[Item | LongItem]:
+        """The elements of the list under a key of the object at which the file begins, and which is all of it."""
+        for key in self.members():
+            if key == under and self.next_byte() == b"[":
+                self.drop(1)
+                yield from self._listed()
+                continue
+            size = self.size(b",}", 1)
+            try:
+                value = parse_value(self.held[self.begin : self.begin + size].rstrip(_SPACE))
+            except ValueError:
+                raise self.wrong(f"the value of {shown(key)} is not valid JSON") from None
+            if key not in HARMLESS_OF_FILE and value not in (None, "", [], {}):
+                raise self.wrong(f"{shown(key)} beside the rows under {shown(under)}; write the rows alone, as a list")
+            self.drop(size)
         if self.next_byte():
-            raise self.wrong("text behind the end of the list; expected one list")
+            raise self.wrong(f"text behind the object whose {shown(under)} holds the rows; expected one object")
+
+    def members(self) -> Iterator[str]:
+        """The keys of an object; the caller moves behind the value of each before it asks for the next."""
+        self.drop(1)
+        after = self.next_byte()
+        while after != b"}":
+            while not (found := _KEY.match(self.held, self.begin)) and self.more():
+                pass
+            if found is None:
+                raise self.wrong("expected a key, a text in quotation marks")
+            key = _text(found[0])
+            self.drop(len(found[0]))
+            if key is None or self.next_byte() != b":":
+                raise self.wrong("expected a key with a colon behind it")
+            self.drop(1)
+            self.next_byte()
+            yield key
+            after = self.next_byte()
+            if after not in (b",", b"}"):
+                raise self.wrong(f"expected a comma or a brace behind the value of {shown(key)}")
+            if after == b",":
+                self.drop(1)
+                self.next_byte()
+        self.drop(1)
 
     def _one_after_another(self) -> Iterator[Item | LongItem]:
         number = 0
@@ -192,3 +238,11 @@ class Splitter:
 
     def wrong(self, what: str) -> UserError:
         return UserError(f"{self.path}:{self.line}: {what}")
+
+
+def _text(data: bytes) -> str | None:
+    """The text that a JSON string is; None for what is none."""
+    try:
+        return str(parse_value(data))
+    except ValueError:
+        return None

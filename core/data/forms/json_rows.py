@@ -11,6 +11,7 @@ from typing import NamedTuple
 from telechat_twins.core.data.forms.formats import JSON, form_of
 from telechat_twins.core.data.forms.json_items import json_items
 from telechat_twins.core.data.forms.streams import UTF8, OnBytes, RowAt, not_utf8, open_file, open_stream
+from telechat_twins.core.data.forms.wrapped import rows_under
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MAX_LINE, MAX_LINE_VALUES, check_size, lines, parse_value
 from telechat_twins.core.types import JsonObject
@@ -86,10 +87,10 @@ def row_place(path: Path, line: int, item: int) -> str:
 
 def raw_rows(path: Path, on_bytes: OnBytes | None = None, encoding: str = UTF8) -> Iterator[RawRow]:
     """The rows of a file, unparsed: the non-blank lines of a .jsonl file, or what a .json file holds."""
-    spread = is_spread(path, encoding)
+    spread, under = is_spread(path, encoding), rows_under(path, encoding)
     with open_stream(path, on_bytes, encoding) as file:
         if spread:
-            for place in json_items(file, path):
+            for place in json_items(file, path, under=under):
                 yield RawRow(place.offset, place.line, place.item, place.data)
             return
         offset = 0

@@ -10,6 +10,7 @@ from typing import IO
 from telechat_twins.core.data.forms.json_items import Item, LongItem, Splitter
 from telechat_twins.core.data.forms.json_rows import RawRow, UnreadLines, is_spread, row_place
 from telechat_twins.core.data.forms.streams import UTF8, OnBytes, lies_so, not_utf8, open_stream
+from telechat_twins.core.data.forms.wrapped import rows_under
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MAX_LINE, parse_value
 from telechat_twins.core.shown import shown
@@ -35,10 +36,10 @@ def document_rows(
     Lines come together, about ``size()`` bytes at a time. A part ends behind a line break where there is one within
     4 MiB. Each long row must be consumed before the next.
     """
-    spread = is_spread(path, encoding)
+    spread, under = is_spread(path, encoding), rows_under(path, encoding)
     with open_stream(path, on_bytes, encoding) as file:
         if spread:
-            splitter = Splitter(file, path, limit)
+            splitter = Splitter(file, path, limit, under)
             splitter.long = lambda number: _long(splitter, number, number, text_key)
             for item in splitter.items():
                 yield RawRow(item.offset, item.line, item.item, item.data) if isinstance(item, Item) else item

@@ -36,8 +36,15 @@ id _id index timestamp created created_at create_time model turn tokens token_co
 message_id parent_id turn_identifier redacted hashed_ip
 """
 
+# Of a file that is one object, beside the list of its rows.
+_OF_FILE = """
+description info name status success code msg message error total count page page_size pageSize num_rows num_samples
+size format schema release object has_more first_id last_id homepage contributors contributor
+"""
+
 HARMLESS = frozenset(_HARMLESS.split()) | {"Unnamed: 0"}  # as pandas names an index without a name
 HARMLESS_OF_SAMPLES = HARMLESS.union(_OF_SAMPLES.split())
+HARMLESS_OF_FILE = HARMLESS_OF_SAMPLES.union(_OF_FILE.split())
 HARMLESS_OF_MESSAGE = frozenset(_OF_MESSAGE.split())
 
 

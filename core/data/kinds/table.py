@@ -247,11 +247,15 @@ def kinds_of(
 
 def rows_inside(row: JsonObject) -> str:
     """The end of a message about an object that is no row, where one of its keys holds rows; "" for any other."""
+    names = []
     for key, value in row.items():
         held = value.values() if isinstance(value, dict) else value
         if isinstance(value, (list, dict)) and value and all(isinstance(one, dict) for one in held):
-            return f"; '{printable(key, 80)}' holds objects: if these are the rows, write them alone, as a list"
-    return ""
+            names.append(f"'{printable(key, 80)}'")
+    if not names:
+        return ""
+    verb = "hold" if len(names) > 1 else "holds"
+    return f"; {' and '.join(names[:5])} {verb} objects: if these are the rows, write them alone, as a list"
 
 
 _EXAMPLES = {

@@ -14,10 +14,11 @@ from telechat_twins.core.commands import tokenize as tokenize_command
 from telechat_twins.core.data.chat_template import encode_chat, render
 from telechat_twins.core.data.dialogues import Dialogue, parse_dialogue
 from telechat_twins.core.data.forms import json_items as json_items_module
+from telechat_twins.core.data.forms import wrapped
 from telechat_twins.core.data.forms.json_items import json_items
 from telechat_twins.core.data.packed import PackedDataset
 from telechat_twins.core.data.packing.dialogue_file import DialogueFile
-from telechat_twins.core.data.rows import find_inputs, read_documents, read_rows, skipped_inputs
+from telechat_twins.core.data.rows import find_inputs, input_notes, read_documents, read_rows, skipped_inputs
 from telechat_twins.core.data.sft import deepspeed_sequences, encode_dialogue, mindformers_pair
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
@@ -442,3 +443,95 @@ def test_verify_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     ):
         with pytest.raises(UserError, match=says):
             call(data_command, *words)
+
+
+# ---- files that are one object with the rows under a key
+
+
+TURNS = [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]
+PAIRS = [{"instruction": "q", "output": "a"}, {"instruction": "r", "output": "b"}]
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+@pytest.mark.parametrize(
+    ("held", "key"),
+    [
+        ({"version": "1.1", "data": PAIRS}, "data"),
+        ({"code": 0, "msg": "ok", "data": PAIRS, "total": 2}, "data"),
+        ({"rows": [{"text": "a"}, {"text": "b"}], "tools": []}, "rows"),
+        ({"conversations": [{"id": 1, "conversations": TURNS}] * 2}, "conversations"),
+        ({"items": [{"input": "q", "target": "a", "kind": "NLI"}] * 2, "description": "d"}, "items"),
+    ],
+)
+def test_rows_under_a_key_are_rows(held: JsonObject, key: str, indent: int | None, tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(held, indent=indent), encoding="utf-8-sig")
+    found = list(read_rows(tmp_path / "a.json"))
+    assert [row for _, row in found] == held[key]
+    assert input_notes([tmp_path / "a.json"]) == [f"{tmp_path}/a.json: the rows are those under its key '{key}'"]
+    lines = json.dumps(held, indent=indent).split("\n")
+    for where, row in found:  # the line on which the row begins
+        assert next(iter(row)) in "".join(lines[int(where.split(":")[1]) - 1 :][:2])
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": TURNS},
+        {"id": 3, "data": [ASKED, SAID]},
+        {"tools": [{"type": "function"}], "messages": [ASKED, SAID]},
+        {"conversation": [{"system": "s", "input": "q", "output": "a"}]},
+        {"question": "q", "choices": [{"label": "A", "text": "x"}], "answerKey": "A"},
+        {"story": "s", "questions": [{"text": "x"}]},
+        {"data": ["q", "a"]},
+        {"data": []},
+    ],
+)
+def test_a_row_alone_in_its_file_is_a_row(row: JsonObject, tmp_path: Path) -> None:
+    for text in (json.dumps(row), json.dumps(row, indent=1), json.dumps(row) + "\n" + json.dumps({"data": PAIRS})):
+        (tmp_path / "a.json").write_text(text)
+        assert next(read_rows(tmp_path / "a.json"))[1] == row
+        assert input_notes([tmp_path / "a.json"]) == []
+
+
+def test_rows_under_a_key_of_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What lies behind the part that is looked at first is judged where it is met."""
+    monkeypatch.setattr(wrapped, "MAX_LINE", 300)
+    rows = [{"text": "abc" * 9, "id": n} for n in range(100)]
+    whole = json.dumps({"version": 1, "data": rows, "license": "mit", "system": ""}, indent=1)
+    (tmp_path / "a.json").write_text(whole)
+    assert [row for _, row in read_rows(tmp_path / "a.json")] == rows
+    assert [block.text for block in read_documents(tmp_path / "a.json")] == [row["text"] for row in rows]
+    pairs = [{"query": "q", "response": str(n)} for n in range(40)]
+    indexed = DialogueFile([write_held(tmp_path / "b.json", pairs)])
+    assert [indexed[n].messages[-1]["content"] for n in (39, 0, 7)] == ["39", "0", "7"]
+    for behind, says in (
+        ('"license": [{"text": "b"}], "system": "x"', r"a.json:\d+: 'system' beside the rows under 'data'"),
+        ('"other": [{"text": "b"}]', r"a.json:\d+: 'other' beside the rows under 'data'; write the rows alone"),
+        ('"license" "mit"', "expected a key with a colon"),
+        ('"license": "mit" "x": 1', "the value of 'license' is not valid JSON"),
+    ):
+        (tmp_path / "a.json").write_text(json.dumps({"data": rows})[:-1] + f", {behind}}}")
+        with pytest.raises(UserError, match=says):
+            list(read_rows(tmp_path / "a.json"))
+    (tmp_path / "a.json").write_text(json.dumps({"data": rows}) + "[]")
+    with pytest.raises(UserError, match="text behind the object whose 'data' holds the rows"):
+        list(read_rows(tmp_path / "a.json"))
+
+
+def test_several_lists_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "a.json"
+    source.write_text(json.dumps({"train": PAIRS, "test": PAIRS}))
+    with pytest.raises(UserError, match=r"a.json: lists of objects under 'train' and 'test'; write the one that holds"):
+        tele_data(source, "--out", tmp_path / "out", "--sft", "plain", "--seq-len", "64")
+    source.write_text(json.dumps({"system": "s", "train": PAIRS, "test": PAIRS}))
+    with pytest.raises(UserError, match=r"found: system, train, test; .* 'train' and 'test' hold objects: if these"):
+        tele_data(source, "--out", tmp_path / "out", "--sft", "plain", "--seq-len", "64")
+    write_held(source, PAIRS)
+    assert tele_data(source, "--out", tmp_path / "out", "--sft", "plain", "--seq-len", "64") == 0
+    said = capsys.readouterr()
+    assert "rows: 2 alpaca" in said.out and "note: " + input_notes([source])[0] in said.err
+
+
+def write_held(path: Path, rows: list[JsonObject]) -> Path:
+    path.write_text(json.dumps({"version": 2, "data": rows}))
+    return path
