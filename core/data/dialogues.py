@@ -27,6 +27,7 @@ from telechat_twins.core.data.kinds.turns import has_tools, refuse_written_tags
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
 
+_NO_INPUT = ("<noinput>", "<no input>")  # what generated instructions write where they need none
 RELEASED = "dialog"  # the kind of TeleChat2's own rows
 
 
@@ -150,9 +151,12 @@ def history_of(slots: Slots, reading: Reading) -> list[JsonObject]:
     return turns_of_history(slots.value("history"), slots.where, reading) if "history" in slots else []
 
 
-def instructed(slots: Slots, slot: str = "instruction") -> str:
+def instructed(slots: Slots, reading: Reading, slot: str = "instruction") -> str:
     """The question of an instruction and its input: a newline between them where both hold text."""
     given, instruction = (slot_text(slots, one) if slots.value(one) is not None else "" for one in ("input", slot))
+    if instruction and given.strip().lower() in _NO_INPUT:
+        reading.notice(f"inputs are {given.strip()} and read as none", slots.where)
+        given = ""
     return f"{instruction}\n{given}" if instruction and given else instruction or given
 
 
@@ -187,7 +191,7 @@ def _answered(slots: Slots, reading: Reading) -> JsonObject:
 
 
 def _alpaca(slots: Slots, reading: Reading) -> _Read:
-    question, answer, earlier = instructed(slots), _answered(slots, reading), history_of(slots, reading)
+    question, answer, earlier = instructed(slots, reading), _answered(slots, reading), history_of(slots, reading)
     if "instruction" in slots:
         asked = asked_in_turns(question) or [{"role": "user", "content": question}]
         if len(asked) > 1:

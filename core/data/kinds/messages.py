@@ -28,7 +28,7 @@ ROLES: dict[str, str] = {
     **dict.fromkeys(("assistant", "gpt", "bard", "bing", "chatgpt", "claude", "model", "ai"), "assistant"),
     "bot": "bot",  # TeleChat2's own name, which its template knows
     **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response", "ipython"), "tool"),
-    **dict.fromkeys((CALL, "tool_call", "function-call"), CALL),
+    **dict.fromkeys((CALL, "tool_call"), CALL),
 }
 ANSWERS = ("assistant", "bot")
 REASONING = ("refuse", "think", "leave-out")
@@ -37,6 +37,7 @@ _WEIGHTS = ("weight", "loss", "train", "training")
 _REASONS = ("reasoning_content", "reasoning", "thinking")
 _OF_ANSWER = ("tool_calls", "function_call", *_WEIGHTS, *_REASONS)
 _PART_TEXTS = {"text": "text", "input_text": "text", "output_text": "text"}
+_PART_REASONS = ("thinking", "reasoning")  # types of parts that hold reasoning, and their keys for it beside "text"
 _ARGUMENTS = ("arguments", "args", "parameters", "input")  # OpenAI's name; LangChain's, Llama 3's, Anthropic's
 _FUNCTION = {"name", *_ARGUMENTS}
 _CALL = {"id", "type", "index", "function", *_FUNCTION}
@@ -123,16 +124,16 @@ def _by_turns(texts: list[object], name: str, where: str) -> list[JsonObject]:
 def with_system(
     messages: list[JsonObject], system: str | None, name: str, where: str
 ) -> tuple[str | None, list[JsonObject]]:
-    """(the system text, the other messages). UserError for a system message that is not the first and only one."""
+    """(the system text, the other messages). UserError for a system message that is not the first and only one; one
+    without text, or with the same text again, says nothing that would be lost."""
+    first = messages[0]["content"] if messages and messages[0]["role"] == "system" and system is None else system
     for n, message in enumerate(messages):
-        if message["role"] == "system" and (n or system is not None):
+        if message["role"] == "system" and (n or system is not None) and message["content"] not in ("", first):
             raise UserError(
                 f"{where}: '{name}[{n}]' is a second system message; the chat layout has a place for one, in front, "
                 "so write the instruction into that one or into a user's message"
             )
-    if messages and messages[0]["role"] == "system":
-        return messages[0]["content"], messages[1:]
-    return system, messages
+    return first, [message for message in messages if message["role"] != "system"]
 
 
 def read_tools(value: object, name: str, where: str, bare: bool = False) -> list[object] | None:
@@ -177,7 +178,8 @@ def _read(value: object, name: str, where: str, reading: Reading) -> list[JsonOb
         reading.columns_met.update(part for part, key in reading.columns.parts if key in (speaker, words))
     assert isinstance(value, dict)
     called: str = value[speaker]
-    role = ROLES.get(dict(reading.columns.roles).get(called, called)) or ROLES.get(value[speaker].strip().lower())
+    plain = called.strip().lower().replace("-", "_").replace(" ", "_")
+    role = ROLES.get(dict(reading.columns.roles).get(called, called)) or ROLES.get(plain)
     if role is None:
         raise UserError(
             f"{where}: '{name}.{speaker}' is {shown(value[speaker])}; legal: {', '.join(ROLES)}; another name is given "
@@ -214,9 +216,9 @@ def _message(
     value: JsonObject, role: str, spelling: tuple[str, str], name: str, where: str, reading: Reading
 ) -> JsonObject:
     words = spelling[1]
-    if len(value) == 2 and words in value and role not in (CALL, "tool") and not reading.ignore:
-        # Nearly every message: nothing but who speaks and what is said.
-        return {"role": role, "content": _content(value[words], f"{name}.{words}", where)}
+    said = value.get(words)
+    if len(value) == 2 and isinstance(said, str) and role not in (CALL, "tool") and not reading.ignore:
+        return {"role": role, "content": said}  # nearly every message: nothing but who speaks and what is said
     known = {*spelling, "name", *_WEIGHTS}.union(_OF_ANSWER if role in ANSWERS else ())
     known |= {"tool_call_id"} if role == "tool" else set()
     parts = {*spelling, "tool_calls", "function_call"}
@@ -261,6 +263,10 @@ def _answer(given: JsonObject, words: str, name: str, where: str, reading: Readi
             _call(call, n, f"{name}.{key}[{n}]" if key == "tool_calls" else f"{name}.{key}", where, reading)
             for n, call in enumerate(calls)
         ]
+    apart = _parts_apart(given.get(words), words, name, where)
+    if apart and not is_empty(given.get("thinking")):
+        raise UserError(f"{where}: '{name}' has reasoning in '{words}' and in 'thinking'; leave one out")
+    given = given | apart
     content = given.get(words)
     answer = {"content": None if content is None and calls else _content(content, f"{name}.{words}", where), **answer}
     return answer | _reasoned(given, answer["content"], name, where, reading)
@@ -280,6 +286,26 @@ def _reasoned(given: JsonObject, content: str | None, name: str, where: str, rea
     if len(reasons) > 1 and reading.reasoning != "leave-out":
         raise UserError(f"{where}: '{name}' has both {reasons[0]} and {reasons[1]}; leave one out")
     return _thought(given[reasons[0]], f"{name}.{reasons[0]}", content, where, reading) if reasons else {}
+
+
+def _parts_apart(content: object, words: str, name: str, where: str) -> JsonObject:
+    """The reasoning among the parts of an answer, which becomes its "thinking", and the other parts; nothing where none
+    is reasoning."""
+    if not isinstance(content, list):
+        return {}
+    thoughts, others = list[str](), list[object]()
+    for n, part in enumerate(content):
+        if not isinstance(part, dict) or part.get("type") not in _PART_REASONS:
+            others.append(part)
+            continue
+        place = f"{name}.{words}[{n}]"
+        refuse_unread(part, ("type", "text", *_PART_REASONS), place, where, (), ("signature", "index"))
+        found = [key for key in ("text", *_PART_REASONS) if not is_empty(part.get(key))]
+        if len(found) > 1 or (found and others):
+            why = "behind a part of the answer" if others else f"under {' and '.join(found)}"
+            raise UserError(f"{where}: '{place}' is reasoning {why}; write it into 'reasoning_content'")
+        thoughts += [text(part[key], f"{place}.{key}", where) for key in found]
+    return {words: others, "thinking": "\n".join(thoughts)} if len(others) < len(content) else {}
 
 
 def _thought(value: object, name: str, content: str | None, where: str, reading: Reading) -> JsonObject:

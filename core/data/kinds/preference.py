@@ -60,8 +60,9 @@ def parse_preference(row: JsonObject, where: str, reading: Reading) -> Pair:
     if not any(message["role"] == "user" for message in prompt):
         names = ", ".join(slots.kind.slots["prompt"])
         raise UserError(f"{where}: no prompt; give it as {names}, or as messages at the beginning of both answers")
+    chosen = with_system(chosen, system or "", slots.name("chosen"), where)[1]
+    rejected = with_system(rejected, system or "", slots.name("rejected"), where)[1]
     for slot, answer in (("chosen", chosen), ("rejected", rejected)):
-        with_system(answer, "", slots.name(slot), where)
         if not any(message["role"] in ANSWERS and message.get("weight", 1) for message in answer):
             raise UserError(f"{where}: '{slots.name(slot)}' has weight 0, but the answers of a pair are what is learnt")
     if _said(chosen) == _said(rejected):
@@ -132,7 +133,7 @@ def _prompt(slots: Slots, reading: Reading) -> tuple[list[JsonObject], list[obje
         asked = [{"role": "user", "content": text(given, slots.name("input"), slots.where)}] if "input" in slots else []
         return [*_as_context(history_of(slots, reading)), *asked], tools
     if "input" in slots:
-        question = [{"role": "user", "content": instructed(slots, "prompt")}]
+        question = [{"role": "user", "content": instructed(slots, reading, "prompt")}]
         return [*_as_context(history_of(slots, reading)), *question], tools
     value = slots.value("prompt")
     spoken = _transcript(value) if isinstance(value, str) else None

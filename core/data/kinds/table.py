@@ -43,7 +43,7 @@ class Kind:
         return any(all(any(key in keys for key in self.slots[slot]) for slot in group) for group in self.marks)
 
 
-_SETTING = {"system": ("system", "system_prompt"), "tools": ("tools", "functions")}
+_SETTING = {"system": ("system", "system_prompt", "system_message"), "tools": ("tools", "functions")}
 _HISTORY = {"history": ("history",)}
 _REASONS = {"reasoning": ("reasoning_content", "reasoning", "thinking", "think", "cot", "Complex_CoT")}
 _PROMPT = ("prompt", "question", "query", "instruction")

@@ -113,7 +113,7 @@ def _nothing(*_: object) -> None:
 FAULTS: dict[str, tuple[str, object, str, Any]] = {
     "system dropped": ("alpaca", dialogues, "system_of", _nothing),
     "history dropped": ("query", dialogues, "history_of", lambda *_: []),
-    "input dropped": ("alpaca", dialogues, "instructed", lambda slots: slots.value("instruction")),
+    "input dropped": ("alpaca", dialogues, "instructed", lambda slots, *_: slots.value("instruction")),
     "tools dropped": ("sharegpt", dialogues, "tools_of", _nothing),
     "weight dropped": ("messages", messages_module, "_weight", lambda *_: True),
     "arguments dropped": ("messages", messages_module, "tool_arguments", lambda value: {}),

@@ -144,3 +144,59 @@ def test_a_refusal_that_a_client_sends_back_is_what_was_said() -> None:
     assert served(content=None, refusal="no")[1]["content"] == "no" == served(content="no", refusal=None)[1]["content"]
     with pytest.raises(ApiError, match="refusal"):
         served(content="yes", refusal="no")
+
+
+def test_reasoning_among_the_parts_of_an_answer() -> None:
+    parts = [{"type": "thinking", "thinking": "why", "signature": "x"}, {"type": "text", "text": "a"}]
+    row = {"messages": [ASKED, {"role": "assistant", "content": parts}]}
+    beside = {"messages": [ASKED, {**SAID, "reasoning_content": "why"}]}
+    assert shown(row, Reading(reasoning="think")) == shown(beside, Reading(reasoning="think"))
+    assert shown(row, Reading(reasoning="leave-out")) == shown({"messages": [ASKED, SAID]})
+    with pytest.raises(UserError, match="rows:1: 'messages.1..thinking' has no place in the chat layout; train on it"):
+        shown(row)
+    called = {"role": "assistant", "content": [{"type": "reasoning", "text": "why"}], "tool_calls": [F]}
+    assert "<think>\nwhy\n</think>\n\n<tool_call>" in shown({"messages": [ASKED, called]}, Reading(reasoning="think"))
+    empty = [{"type": "thinking", "thinking": ""}, parts[1]]
+    assert shown({"messages": [ASKED, {"role": "assistant", "content": empty}]}) == shown({"messages": [ASKED, SAID]})
+    for content, more, says in (
+        (parts[::-1], {}, "content.1.' is reasoning behind a part of the answer"),
+        ([{**parts[0], "text": "b"}], {}, "content.0.' is reasoning under text and thinking"),
+        (parts, {"thinking": "b"}, "has reasoning in 'content' and in 'thinking'"),
+        (parts, {"reasoning": "b"}, "has both reasoning and thinking"),
+        ([{**parts[0], "data": "b"}], {}, "key 'messages.1..content.0..data' is not read"),
+    ):
+        with pytest.raises(UserError, match=says):
+            shown({"messages": [ASKED, {"role": "assistant", "content": content, **more}]}, Reading(reasoning="think"))
+
+
+def test_a_system_text_that_is_said_twice_or_empty_is_one() -> None:
+    told = {"role": "system", "content": "s"}
+    once = parse_dialogue({"system": "s", "messages": [ASKED, SAID]}, "rows:1")
+    for row in (
+        {"system": "s", "messages": [told, ASKED, SAID]},
+        {"messages": [told, ASKED, {"role": "developer", "content": [{"type": "text", "text": "s"}]}, SAID]},
+        {"system_message": "s", "messages": [ASKED, {"role": "system", "content": ""}, SAID]},
+    ):
+        read = parse_dialogue(row, "rows:1")
+        assert (read.system, read.messages) == (once.system, once.messages)
+    for row in (
+        {"system": "t", "messages": [told, ASKED, SAID]},
+        {"messages": [ASKED, told, SAID]},
+        {"messages": [{**told, "content": ""}, ASKED, told, SAID]},
+    ):
+        with pytest.raises(UserError, match="second system message"):
+            parse_dialogue(row, "rows:1")
+    both = [[told, ASKED, {**SAID, "content": text}] for text in "ab"]
+    pair = parse_preference({"system": "s", "chosen": both[0], "rejected": both[1]}, "rows:1", Reading())
+    assert pair.chosen.system == "s" and [m["role"] for m in pair.rejected.messages] == ["user", "assistant"]
+
+
+def test_marks_for_no_input_and_spellings_of_roles() -> None:
+    reading = Reading()
+    row = parse_dialogue({"instruction": "i", "input": "<noinput>", "output": "o"}, "rows:1", reading=reading)
+    assert row.messages[0]["content"] == "i"
+    assert reading.noticed == {"inputs are <noinput> and read as none": (1, "rows:1")}
+    called = {"from": "function-call", "value": json.dumps(F)}
+    turns = [{"from": "human", "value": "q"}, called, {"from": "Function Response", "value": "1"}]
+    same = [ASKED, call(F), RESULTS[0], SAID]
+    assert shown({"conversations": [*turns, {"from": "gpt", "value": "a"}]}) == shown({"messages": same})
