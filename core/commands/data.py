@@ -26,8 +26,11 @@ from telechat_twins.core.launch.run_lock import hold_place
 from telechat_twins.core.shown import message_line, printable
 from telechat_twins.core.types import JsonObject
 
-TEMPLATE_HELP = "builtin: TeleChat2's layout although the tokenizer's folder has a chat template that differs"
 _kept: list[Tokenizer] = []
+TEMPLATE_HELP = (
+    "builtin: TeleChat2's layout although the tokenizer's folder has a chat template that differs; thinking: the same "
+    "for models that reason in <think> tags first"
+)
 EPILOG = """\
 examples:
   tele data corpus/ 'more/*.jsonl.gz' --tokenizer tokenizer.model --out data/pretrain
@@ -86,7 +89,7 @@ def _add_row_options(parser: argparse.ArgumentParser) -> None:
         default=REASONING[0],
         help="reasoning_content of answers: refuse it, train on it in <think> tags before the answer, or leave it out",
     )
-    rows.add_argument("--chat-template", default="auto", choices=("auto", "builtin"), help=TEMPLATE_HELP)
+    rows.add_argument("--chat-template", default="auto", choices=("auto", "builtin", "thinking"), help=TEMPLATE_HELP)
     rows.add_argument("--seq-len", type=int, metavar="S", help="tokens a training sequence (needed for all but texts)")
     text = parser.add_argument_group("texts")
     text.add_argument("--bos", action="store_true", help="begin documents with <_start>; they always end with <_end>")
@@ -280,6 +283,11 @@ def _print_dialogues(args: argparse.Namespace, meta: JsonObject) -> None:
         print(f"lost: {meta['rows_lost']} of {meta['rows']} rows, as the released {args.sft} packing does; plain: none")
     if meta["rows_cut"]:
         print(f"cut: {meta['rows_cut']} rows are longer than {args.seq_len} tokens and continue in further sequences")
+    if meta.get("rows_apart"):
+        print(
+            f"apart: each answer of {meta['rows_apart']} rows is a document behind its own prompt, since chats with "
+            "this model show earlier answers otherwise (without their reasoning)"
+        )
     if meta["tokens_truncated"]:
         print(f"truncated: {meta['tokens_truncated']} tokens beyond {args.seq_len}, as the released collator cuts them")
     if meta["systems_left_out"]:

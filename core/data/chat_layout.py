@@ -16,18 +16,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
-from telechat_twins.core.data.chat_template import DEFAULT_SYSTEM, chat_parts, encode_chat, encode_parts, render
+from telechat_twins.core.data.chat_template import (
+    DEFAULT_SYSTEM,
+    chat_parts,
+    encode_chat,
+    encode_parts,
+    encode_thinking,
+    render,
+)
 from telechat_twins.core.data.control import THINK, ControlToken, Splitter
-from telechat_twins.core.data.encoders.jinja import Render, compiled_template, lost_in, names_in
+from telechat_twins.core.data.encoders.jinja import (
+    MAX_TEMPLATE,
+    Render,
+    compiled_template,
+    find_template,
+    lost_in,
+    names_in,
+)
 from telechat_twins.core.data.encoders.special import KINDS
 from telechat_twins.core.data.tokenizer import Allow, Tokenizer
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.files.foreign import MIB, load_json, read_text
+from telechat_twins.core.files.foreign import read_text
 from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
 
 BUILT_IN, THINKING, AUTO = "builtin", "thinking", "auto"
-MAX_TEMPLATE = MIB
 # What a template marks as the model's words is put between these two while answers are sought; noncharacters.
 _BEGIN, _END = "\ufdee", "\ufdef"
 _GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "raise_exception", "strftime_now")
@@ -152,7 +165,9 @@ class BuiltInLayout:
         self, messages: Sequence[JsonObject], tools: Sequence[object] | None = None, allow_control: Allow = False
     ) -> tuple[list[int], list[int]]:
         """Answers, their calls of tools, and <_end>."""
-        return encode_parts(self.tokenizer, chat_parts(messages, tools, add_generation_prompt=False), allow_control)
+        if self.thinking:
+            return encode_thinking(self.tokenizer, messages, tools, allow_control)
+        return encode_parts(self.tokenizer, chat_parts(messages, tools, False), allow_control)
 
 
 class TemplateLayout:
@@ -276,9 +291,14 @@ class TemplateLayout:
             if signs:
                 raise UserError(f"{self.name}: its {{% generation %}} does not hold one answer each; use builtin")
         found = []
-        for n in numbers:
+        for n in (n for n in numbers if messages[n].get("weight") != 0):
             before = self._marked(messages[:n], tools, True, names, None)[1]
             after = self._marked(messages[: n + 1], tools, False, names, None)[1]
+            if not after.startswith(before) and before.rstrip("\n").endswith(THINK):
+                raise UserError(
+                    f"{self.name}: begins answers with reasoning, and message {n} has none; give it a "
+                    "reasoning_content, or weight 0"
+                )
             if not (whole.startswith(after) and after.startswith(before)):
                 raise UserError(
                     f"{self.name}: renders message {n}, an answer, otherwise once more follows it, and does not mark "
@@ -352,7 +372,9 @@ def open_layout(
     if choice in (BUILT_IN, THINKING):
         if not tokenizer.control:
             raise UserError(f"--chat-template {choice}: {no_dialogue(tokenizer)}")
-        return BuiltInLayout(tokenizer, thinking=choice == THINKING), []
+        if choice == THINKING:
+            return BuiltInLayout(tokenizer, "TeleChat2's layout with reasoning first", thinking=True), []
+        return BuiltInLayout(tokenizer), []
     if choice != AUTO:
         return TemplateLayout(tokenizer, read_text(choice, MAX_TEMPLATE), choice), []
     found = find_template([tokenizer.path.parent, *folders])
@@ -379,7 +401,7 @@ def open_training_layout(tokenizer: Tokenizer, choice: str = AUTO, own: bool = T
     template of the model's own unless ``own`` allows one."""
     layout, notes = open_layout(tokenizer, choice)
     layout = require_layout(tokenizer, layout)
-    if not own and not isinstance(layout, BuiltInLayout):
+    if not own and (not isinstance(layout, BuiltInLayout) or layout.thinking):
         raise UserError(
             "--sft deepspeed, --sft mindformers and --preference pack dialogues in TeleChat2's built-in layout, and "
             f"chats with this model follow {layout.name}, which differs; use --sft plain, or give --chat-template "
@@ -394,42 +416,6 @@ def no_dialogue(tokenizer: Tokenizer) -> str:
         f"{tokenizer.path} has no dialogue pieces (<_user>, <_bot>, ...) and no chat template beside it: this is a "
         "base model, which continues text; use `tele generate` or /v1/completions, or give --chat-template FILE"
     )
-
-
-def find_template(folders: Sequence[Path]) -> tuple[str, str] | None:
-    """(template, where it stands) of the first folder that has one, in transformers' order; UserError if damaged."""
-    for folder in dict.fromkeys(folders):
-        if (file := folder / "chat_template.jinja").is_file():
-            with_tools = folder / "additional_chat_templates" / "tool_use.jinja"
-            other = read_text(with_tools, MAX_TEMPLATE) if with_tools.is_file() else None
-            return _with_tools(read_text(file, MAX_TEMPLATE), other), str(file)
-        for name in ("chat_template.json", "tokenizer_config.json"):
-            file = folder / name
-            value = load_json(file, "a description of the tokenizer").get("chat_template") if file.is_file() else None
-            if value is not None:
-                return _one_template(value, f"{file}: chat_template"), f"{file}: chat_template"
-    return None
-
-
-def _one_template(value: object, where: str) -> str:
-    """The template of tokenizer_config.json: text, or of several named ones the default, with tools "tool_use"."""
-    with_tools = None
-    if isinstance(value, list):
-        named = {str(one.get("name")): one.get("template") for one in value if isinstance(one, dict)}
-        value, with_tools = named.get("default"), named.get("tool_use")
-    for one in (value, "" if with_tools is None else with_tools):
-        if not isinstance(one, str) or len(one) > MAX_TEMPLATE:
-            raise UserError(f"{where}: expected the text of a template, or a list with one named 'default'")
-    return _with_tools(str(value), with_tools)
-
-
-def _with_tools(template: str, other: str | None) -> str:
-    """``template``, and where tools are given ``other``: which of the two transformers takes, as one template."""
-    if other is None or other == template:
-        return template
-    # The empty texts keep the line ends and spaces beside the blocks, and a template's own last line end is dropped.
-    first, second = (f"{{{{ '' }}}}{one.removesuffix(chr(10))}{{{{ '' }}}}" for one in (other, template))
-    return f"{{% if tools %}}{first}{{% else %}}{second}{{% endif %}}"
 
 
 def _known(template: str) -> bool:

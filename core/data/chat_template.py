@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from telechat_twins.core.data.control import (
     BOT,
@@ -115,6 +115,39 @@ def encode_parts(
             text += part.text
     close()
     return ids, mask
+
+
+def encode_thinking(
+    tokenizer: Tokenizer,
+    messages: Sequence[JsonObject],
+    tools: Sequence[object] | None = None,
+    allow_control: Allow = False,
+) -> tuple[list[int], list[int]]:
+    """(ids, mask) of a chat with a model that reasons first, of which the last message alone may be learnt: the prompt
+    that such a chat has there, which opens <think>, and what the model writes, to <_end>. UserError for an answer
+    without reasoning, and where others are to be learnt, which no prompt holds as they were said."""
+    learnt = [n for n, one in enumerate(messages) if one["role"] in ("assistant", "bot") and one.get("weight") != 0]
+    said = [{key: value for key, value in message.items() if key != "thought"} for message in messages]
+    if not learnt:
+        ids = encode_chat(tokenizer, said, tools, False, allow_control, thinking=True)
+        return ids, [0] * len(ids)
+    if learnt != [len(messages) - 1]:
+        raise UserError("answers behind which the chat goes on lose their reasoning there; learn one at a time")
+    if not messages[-1].get("thought"):
+        raise UserError(
+            f"message {learnt[0]}, an answer, has no reasoning, with which this model begins; give it a "
+            "reasoning_content, or weight 0"
+        )
+    prompt = chat_parts(said[:-1], tools, thinking=True)
+    opened, *answer = _assistant_parts(messages[-1], thinking=False)[1:-1]
+    answer[0] = replace(answer[0], text=answer[0].text.removeprefix("\n"))
+    assert opened.text == THINK
+    before = encode_parts(tokenizer, prompt, allow_control)[0]
+    # Where no ids end between prompt and answer, the two are encoded apart.
+    ids = encode_parts(tokenizer, [*prompt, *(replace(part, answer=False) for part in answer)], allow_control)[0]
+    if ids[: len(before)] != before:
+        ids = before + encode_parts(tokenizer, answer, allow_control)[0]
+    return ids, [0] * len(before) + [1] * (len(ids) - len(before))
 
 
 def chat_parts(

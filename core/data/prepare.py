@@ -185,6 +185,7 @@ def pack_dialogues(
                 "rows": counts.rows,
                 "rows_lost": counts.lost,
                 "rows_cut": counts.cut,
+                **({"rows_apart": counts.apart} if counts.apart else {}),
                 "tokens_truncated": counts.truncated_tokens,
                 "systems_left_out": counts.systems_left_out,
                 **noticed(reading),

@@ -20,6 +20,7 @@ from telechat_twins.core.data.chat_layout import BuiltInLayout, ChatLayout, Temp
 from telechat_twins.core.data.chat_template import render
 from telechat_twins.core.data.control import BOT, END, PAD, START, SYSTEM, TOOL_TOKENS, USER
 from telechat_twins.core.data.dialogues import Dialogue
+from telechat_twins.core.data.packing.samples import Sample, encode_samples, with_reasoning
 from telechat_twins.core.data.tokenizer import Tokenizer
 from telechat_twins.core.errors import UserError
 
@@ -41,11 +42,13 @@ class TrainingSequence:
 
 @dataclass
 class Counts:
-    """What happened to the rows; ``lost`` rows are in no sequence, ``systems_left_out`` without their system text."""
+    """What happened to the rows; ``lost`` rows are in no sequence, ``systems_left_out`` without their system text, and
+    of ``apart`` each answer stands alone behind its prompt."""
 
     rows: int = 0
     lost: int = 0
     cut: int = 0
+    apart: int = 0
     truncated_tokens: int = 0
     systems_left_out: int = 0
 
@@ -53,14 +56,19 @@ class Counts:
 # ---------------------------------------------------------------------------------------------------------- plain
 
 
-def encode_dialogue(
-    tokenizer: Tokenizer, dialogue: Dialogue, layout: ChatLayout | None = None
-) -> tuple[list[int], list[int]]:
-    """One dialogue in the chat layout -> (ids, mask); mask 1 on answers (tool calls included) and their <_end>.
+def encode_dialogue(tokenizer: Tokenizer, dialogue: Dialogue) -> tuple[list[int], list[int]]:
+    """One dialogue in TeleChat2's layout -> (ids, mask); mask 1 on answers (tool calls included) and their <_end>.
 
     Answers of weight 0 are context, with mask 0. Contents are ordinary text, except that the four tool tags count as
-    control tokens where the row says so (``tags``). ``layout``: of the model's chats; None: TeleChat2's.
+    control tokens where the row says so (``tags``).
     """
+    (sample,) = dialogue_samples(tokenizer, dialogue)
+    return sample
+
+
+def dialogue_samples(tokenizer: Tokenizer, dialogue: Dialogue, layout: ChatLayout | None = None) -> list[Sample]:
+    """``encode_dialogue`` in the ``layout`` of the model's chats (None: TeleChat2's): one sequence, or one for each
+    answer where its chats show earlier answers otherwise. UserError names the row."""
     messages = dialogue.messages
     if dialogue.system is not None:
         # Released rows end the system text with the newline that the layout adds itself.
@@ -68,9 +76,9 @@ def encode_dialogue(
         messages = [{"role": "system", "content": system}, *messages]
     try:
         allowed = TOOL_TOKENS if dialogue.tags else False
-        if isinstance(layout, TemplateLayout) and any(message.get("thought") for message in messages):
-            raise UserError(f"reasoning_content: has no known place in {layout.name}; give --reasoning leave-out")
-        return (layout or BuiltInLayout(tokenizer)).encode_answers(messages, dialogue.tools, allowed)
+        if isinstance(layout, TemplateLayout):
+            messages = with_reasoning(messages, layout.reads, tokenizer, layout.name)
+        return encode_samples(layout or BuiltInLayout(tokenizer), messages, dialogue.tools, allowed)
     except UserError as error:
         raise UserError(f"{dialogue.where}: {error}") from None
 
@@ -99,9 +107,7 @@ def plain_sequences(
             pack_mask.clear()
             starts.clear()
 
-    for dialogue in dialogues:
-        ids, mask = encode_dialogue(tokenizer, dialogue, layout)
-        counts.rows += 1
+    for ids, mask in _samples(dialogues, tokenizer, counts, layout):
         if len(ids) > max_length:
             yield from take()
             counts.cut += 1
@@ -116,6 +122,16 @@ def plain_sequences(
         pack_ids += ids
         pack_mask += mask
     yield from take()
+
+
+def _samples(
+    dialogues: Iterable[Dialogue], tokenizer: Tokenizer, counts: Counts, layout: ChatLayout | None
+) -> Iterator[Sample]:
+    for dialogue in dialogues:
+        samples = dialogue_samples(tokenizer, dialogue, layout)
+        counts.rows += 1
+        counts.apart += len(samples) > 1
+        yield from samples
 
 
 # ------------------------------------------------------------------------------------------------------ deepspeed

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import datetime
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from telechat_twins.core.backends import install_command
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.files.foreign import MIB, load_json, read_text
 from telechat_twins.core.shown import printable, shown
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
+MAX_TEMPLATE = MIB
 # (messages, tools, add_generation_prompt, variables) -> text
 Render = Callable[[object, object, bool, object], str]
 
@@ -113,3 +116,39 @@ def _environment(marks: tuple[str, str] = ("", "")) -> Environment:
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
     return environment
+
+
+def find_template(folders: Sequence[Path]) -> tuple[str, str] | None:
+    """(template, where it stands) of the first folder that has one, in transformers' order; UserError if damaged."""
+    for folder in dict.fromkeys(folders):
+        if (file := folder / "chat_template.jinja").is_file():
+            with_tools = folder / "additional_chat_templates" / "tool_use.jinja"
+            other = read_text(with_tools, MAX_TEMPLATE) if with_tools.is_file() else None
+            return _with_tools(read_text(file, MAX_TEMPLATE), other), str(file)
+        for name in ("chat_template.json", "tokenizer_config.json"):
+            file = folder / name
+            value = load_json(file, "a description of the tokenizer").get("chat_template") if file.is_file() else None
+            if value is not None:
+                return _one_template(value, f"{file}: chat_template"), f"{file}: chat_template"
+    return None
+
+
+def _one_template(value: object, where: str) -> str:
+    """The template of tokenizer_config.json: text, or of several named ones the default, with tools "tool_use"."""
+    with_tools = None
+    if isinstance(value, list):
+        named = {str(one.get("name")): one.get("template") for one in value if isinstance(one, dict)}
+        value, with_tools = named.get("default"), named.get("tool_use")
+    for one in (value, "" if with_tools is None else with_tools):
+        if not isinstance(one, str) or len(one) > MAX_TEMPLATE:
+            raise UserError(f"{where}: expected the text of a template, or a list with one named 'default'")
+    return _with_tools(str(value), with_tools)
+
+
+def _with_tools(template: str, other: str | None) -> str:
+    """``template``, and where tools are given ``other``: which of the two transformers takes, as one template."""
+    if other is None or other == template:
+        return template
+    # The empty texts keep the line ends and spaces beside the blocks, and a template's own last line end is dropped.
+    first, second = (f"{{{{ '' }}}}{one.removesuffix(chr(10))}{{{{ '' }}}}" for one in (other, template))
+    return f"{{% if tools %}}{first}{{% else %}}{second}{{% endif %}}"
