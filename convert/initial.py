@@ -31,6 +31,8 @@ def open_initial(path: str | Path, model: ModelConfig | None = None) -> ModelSou
             f"train.init: {path}: no such folder; give a released model, a checkpoint, a run or MindFormers' weights"
             f"{near_path(path)}"
         )
+    if path.is_file() and path.suffix == ".safetensors" and not is_mindformers(path):
+        raise UserError(f"train.init: {path}: is one file of a model; give the folder that holds it, {path.parent}")
     if not is_mindformers(path):
         return open_model(path, verify=False)
     try:
@@ -49,7 +51,8 @@ def is_mindformers(path: Path) -> bool:
     from telechat_twins.convert.mindformers.source import MODEL, is_mindformers_name
 
     if path.is_file():
-        return path.suffix in (".ckpt", ".safetensors")
+        named = path.suffix == ".safetensors" and any(map(is_mindformers_name, SafetensorsFile(path).tensors))
+        return named or path.suffix == ".ckpt"
     if not path.is_dir() or (path / "manifest.json").is_file() or (path / "latest").is_file():
         return False
     if (path / "rank_0").is_dir() or any(path.glob("*.ckpt")):
