@@ -12,6 +12,7 @@ from telechat_twins.convert.initial import is_mindformers, open_initial
 from telechat_twins.convert.mindformers.source import MindFormersSource
 from telechat_twins.convert.names import bind, mindformers_rules
 from telechat_twins.convert.source import HfSource, open_model
+from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.params import parameter_table
 from tests.support.frameworks import GOLDENS, golden_source
 
@@ -85,3 +86,9 @@ def test_a_mindformers_checkpoint_is_recognised(form: str, mp: int, tmp_path: Pa
     bare = open_initial(tmp_path / "m", source.config)
     assert all(bare.tensor(name).tobytes() == array.tobytes() for name, array in source.logical())
     assert not is_mindformers(GOLDENS / "telechat2_gqa")
+
+
+def test_one_file_of_a_released_model_leads_to_its_folder() -> None:
+    folder = GOLDENS / "telechat2_gqa"
+    with pytest.raises(UserError, match=f"is one file of a model; give the folder that holds it, .*{folder.name}$"):
+        open_initial(folder / "weights.safetensors")
