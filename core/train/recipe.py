@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from fractions import Fraction
 
 from telechat_twins.core.config import OptimConfig, RunConfig
 from telechat_twins.core.model.params import MATRIX
@@ -77,7 +78,8 @@ def with_steps(config: RunConfig, samples: int) -> tuple[RunConfig, list[str]]:
     train = config.train
     if train.epochs is None:
         return config, []
-    drawn = math.ceil(train.epochs * samples)
+    # Of the number as it was written: 1.1 * 100 in binary is a little above 110.
+    drawn = math.ceil(Fraction(str(train.epochs)) * samples)
     steps = -(-drawn // train.global_batch)
     beyond = steps * train.global_batch - drawn
     note = (

@@ -266,3 +266,6 @@ def test_epochs_become_steps():
     _, notes = with_steps(config, 100)
     assert notes[0].endswith("38 steps; the last draws 2 samples more")
     assert with_steps(run_config(), 100) == (run_config(), [])
+    tree["train"] |= {"epochs": 1.1, "global_batch": 10}
+    known, notes = with_steps(run_config_from_dict(tree), 100)
+    assert known.train.steps == 11 and "more" not in notes[0]  # 110 samples, not the 111 of 1.1 * 100 in binary
