@@ -23,9 +23,9 @@ def shares(weights: Sequence[float] | None, count: int) -> list[float]:
         return [1.0 / count] * count
     if len(weights) != count:
         raise UserError(f"--weights: {len(weights)} for {count} checkpoints; give one for each, in their order")
-    if not all(math.isfinite(weight) and weight >= 0 for weight in weights) or not sum(weights) > 0:
+    if not all(weight >= 0 for weight in weights) or not 0 < sum(weights) < math.inf:
         said = " ".join(f"{weight:g}" for weight in weights)
-        raise UserError(f"--weights: must be 0 or more, and not all 0, found {said}")
+        raise UserError(f"--weights: must be 0 or more, and their sum above 0 and finite, found {said}")
     return [weight / math.fsum(weights) for weight in weights]
 
 

@@ -27,6 +27,7 @@ from telechat_twins.convert.mindformers.files import write_ranks, write_whole
 from telechat_twins.convert.mindformers.source import ASSETS, MODEL, check_mp
 from telechat_twins.convert.names import Binding, bind, mindformers_rules
 from telechat_twins.convert.places import require_place
+from telechat_twins.convert.rounding import rounded
 from telechat_twins.convert.source import HfSource, ModelSource, PlainSource
 from telechat_twins.core.checkpoint.read import MAX_FILE_BYTES, write_checkpoint
 from telechat_twins.core.data.encoders.special import FILES
@@ -215,7 +216,7 @@ def cast(array: np.ndarray, dtype: str | None, name: str) -> np.ndarray:
     if dtype is None or array.dtype == DTYPES[dtype]:
         return array
     with np.errstate(over="ignore"):
-        out = array.astype(DTYPES[dtype])
+        out = rounded(array, DTYPES[dtype]) if array.dtype == np.float64 else array.astype(DTYPES[dtype])
     bad = ~np.isfinite(out)
     if bad.any() and np.isfinite(array[bad]).any():
         largest = np.abs(array[bad].astype(np.float64)).max()

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from telechat_twins.convert.copy import cast
 from telechat_twins.convert.rounding import rounded
 from telechat_twins.convert.source import open_model
 from telechat_twins.core.checkpoint.adapter import open_adapter, write_adapter
@@ -58,6 +59,7 @@ def test_bfloat16_is_rounded_once() -> None:
     values *= rng.choice([-1.0, 1.0], 4000)
     found = rounded(values, BF16).astype(np.float32)
     np.testing.assert_array_equal(found, nearest_bf16(values))
+    np.testing.assert_array_equal(cast(values, "bfloat16", "w").astype(np.float32), found)
     assert (values.astype(BF16).astype(np.float32) != found).sum() > 500  # what the library's own cast would do
     special = rounded(np.array([np.inf, -np.inf, np.nan, 0.0, 1e39, -1e300]), BF16).astype(np.float32)
     np.testing.assert_array_equal(special, [np.inf, -np.inf, np.nan, 0.0, np.inf, -np.inf])
@@ -163,6 +165,7 @@ def test_average_is_the_weighted_sum_rounded_once(tmp_path: Path) -> None:
         ([folders[0]], "an average needs two checkpoints or more"),
         ([*folders, "--weights", 1, 2], "--weights: 2 for 3 checkpoints"),
         ([*folders, "--weights", 1, -1, 1], "--weights: must be 0 or more"),
+        ([*folders, "--weights", 1e308, 1e308, 1], "--weights: must be 0 or more"),
         ([folders[0], other], "only checkpoints of one config have an average"),
         ([folders[0], GOLDENS / "peft" / "plain"], "is an adapter of PEFT's, not a model"),
     ):
