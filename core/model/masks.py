@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from telechat_twins.core.model.growth_mask import new_channels, new_heads
+
 if TYPE_CHECKING:  # which holds a GrowthMask itself
     from telechat_twins.core.model.config import ModelConfig
-from telechat_twins.core.model.growth_mask import new_channels, new_heads
 
 # float16 holds it, and exp of it is 0 beside any logit within 5e4.
 PADDING_LOGIT = -6.0e4
