@@ -22,7 +22,8 @@ def save(run: Run, asynchronous: bool) -> None:
         "loss_scale": run.loss_scale.to_dict() if run.loss_scale else None,
         "health": run.health.to_dict(),
         **run.held_out.trainer_entries,
-        # The only randomness is the initial weights and the data order, both functions of this seed and a counter.
+        # All randomness (initial weights, order of the data, dropout of adapters) is a function of this seed and of
+        # counters.
         "seed": run.config.train.seed,
         "backend": stepper.implementation().get("backend", "unknown"),
         "layout": run.config.parallel.name,
