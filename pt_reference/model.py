@@ -151,6 +151,8 @@ class Norm(nn.Module):
 
 
 class Embedding(nn.Module):
+    """weight [V, E]: ids [B, S] -> rows [B, S, E] in the ``residual`` dtype."""
+
     def __init__(self, shape: tuple[int, ...], dtypes: Dtypes) -> None:
         super().__init__()
         self.residual = dtypes.residual

@@ -35,6 +35,8 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, masks: list[ops.Parts | None
 
 
 class RingAttention(torch.autograd.Function):
+    """``ring_attention`` with its gradient: keys and values go around the ring once more, with theirs behind them."""
+
     @staticmethod
     def forward(
         ctx: FunctionCtx, q: Tensor, k: Tensor, v: Tensor, masks: list[ops.Parts | None], group: Group

@@ -150,6 +150,8 @@ class Norm(nn.Cell):
 
 
 class Embedding(nn.Cell):
+    """weight [V, E]: ids [B, S] -> rows [B, S, E] in the ``residual`` dtype."""
+
     def __init__(self, shape: tuple[int, ...], dtypes: Dtypes) -> None:
         super().__init__()
         self.residual = dtypes.residual

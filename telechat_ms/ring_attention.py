@@ -37,6 +37,8 @@ def ring_attention(q: Tensor, k: Tensor, v: Tensor, masks: list[ops.Parts | None
 
 
 class RingAttention(Function):
+    """``ring_attention`` with its gradient: keys and values go around the ring once more, with theirs behind them."""
+
     @staticmethod
     def forward(ctx: Context, q: Tensor, k: Tensor, v: Tensor, masks: list[ops.Parts | None], group: Group) -> Tensor:
         queries = mops.transpose(q, HEADS_FIRST)  # [B, H, S/R, D]

@@ -137,6 +137,7 @@ def _record(head: bytes, body: bytes) -> HeartbeatRecord:
 
 
 def heartbeat_path(log_dir: str | Path, rank: int) -> Path:
+    """File of a rank's HeartbeatRecord."""
     return Path(log_dir) / f"heartbeat_{rank}.bin"
 
 

@@ -103,6 +103,7 @@ class ProcessTree:
 
 
 def lives(process: psutil.Process) -> bool:
+    """Whether a process still runs; one that has ended and is not collected does not."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:

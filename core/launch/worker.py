@@ -104,6 +104,7 @@ def write_status(
 
 
 def status_path(log_dir: str | Path, rank: int | str) -> Path:
+    """File of what a rank says of its end (``read_status``)."""
     return Path(log_dir) / f"status_{rank}.json"
 
 

@@ -186,6 +186,7 @@ class ModelConfig:
 
 
 def preset_names() -> list[str]:
+    """Names of the models in configs/models, sorted."""
     return sorted(p.stem for p in (CONFIGS / "models").glob("*.yaml"))
 
 

@@ -41,6 +41,7 @@ SIZES = tuple(field.name for field in dataclasses.fields(Sizes))
 
 
 def sizes_of(config: ModelConfig) -> Sizes:
+    """What growth may change, of a model."""
     return Sizes(**{name: getattr(config, name) for name in SIZES})
 
 

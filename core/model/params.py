@@ -97,4 +97,5 @@ def _linears(module: str, rows: dict[str, int], columns: int, bias: bool) -> dic
 
 
 def count_parameters(config: ModelConfig) -> int:
+    """Number of entries of all parameters, rows of the vocabulary that pad included; a tied head counts once."""
     return sum(spec.size for spec in parameter_table(config).values())
