@@ -218,7 +218,8 @@ def samples_of(folder: Path) -> list[JsonObject]:
     file = folder / SAMPLES
     if not file.is_file():
         return []
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    # Not splitlines: a text may hold the line ends of Unicode (U+0085, U+2028), which JSON leaves as they are.
+    return [json.loads(line) for line in file.read_bytes().split(b"\n") if line]
 
 
 def _last_line(log: Path) -> str:

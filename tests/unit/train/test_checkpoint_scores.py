@@ -13,7 +13,7 @@ from telechat_twins.core.config import run_config_from_dict
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.train import loop, records
 from telechat_twins.core.train.heldout import scores
-from telechat_twins.core.train.heldout.scores import open_scores
+from telechat_twins.core.train.heldout.scores import SAMPLES, open_scores, samples_of
 from telechat_twins.core.train.metrics import last_row, plot_losses, read_metrics
 from tests.support.numpy_stepper import Cluster, MemoryBlend, NumpyStepper, run_config
 
@@ -94,6 +94,14 @@ def test_every_checkpoint_is_scored_and_a_failure_is_a_warning(tmp_path, monkeyp
 
 def _log(run: Path, step: int, name: str) -> str:
     return (run / "evaluations" / f"step-{step:08d}" / f"{name}.log").read_text()
+
+
+def test_a_continuation_may_hold_line_ends_of_unicode(tmp_path):
+    rows = [{"prompt": "a", "text": "one\u2028two\x85three\r\x0b"}, {"prompt": "b", "text": ""}]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / SAMPLES).write_text(text, encoding="utf-8")
+    assert samples_of(tmp_path) == rows
+    assert samples_of(tmp_path / "none") == []
 
 
 def test_an_interrupted_evaluation_is_finished_by_the_resumed_run(tmp_path, monkeypatch):
