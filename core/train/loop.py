@@ -29,7 +29,7 @@ from telechat_twins.core.launch.run_lock import RELEASE_WAIT_S, hold_folder
 from telechat_twins.core.train.agreement import raise_on_all, require_same_on_all, run_on_all
 from telechat_twins.core.train.health import TrainingStopped
 from telechat_twins.core.train.heldout.evaluate import HeldOut
-from telechat_twins.core.train.heldout.scores import open_scores
+from telechat_twins.core.train.heldout.scores import check_folders, open_scores
 from telechat_twins.core.train.heldout.sources import open_held_out
 from telechat_twins.core.train.metrics import Row
 from telechat_twins.core.train.recipe import with_steps
@@ -50,7 +50,7 @@ from telechat_twins.core.train.stages import StagedData
 from telechat_twins.core.train.start import adopt_start, open_start, require_base
 from telechat_twins.core.train.stepper import OpenRecorder, Stepper
 from telechat_twins.core.train.trainable import check_freeze, run_table, trainable
-from telechat_twins.core.train.watch.profile import open_profile
+from telechat_twins.core.train.watch.profile import check_profile, open_profile
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -110,6 +110,8 @@ def _train(
     check_preference(config, data.first)
     config, padding = fit_run(config, data.first.vocab_size, data.first.end_token)
     config, length = with_steps(config, data.rows_of_a_pass)
+    check_profile(config)
+    check_folders(config)
     held_out = HeldOut(config, open_held_out(config, data.first))
     alone = config.parallel.world == 1
     checkpoint = checkpoint_to_resume(folder, resume, verify=alone)

@@ -47,17 +47,24 @@ def tele(words: list[str]) -> list[str]:
     return [sys.executable, "-m", "telechat_twins.core.cli", *words]
 
 
+def check_folders(config: RunConfig) -> None:
+    """UserError for a folder of ``eval.task_data`` or ``eval.task_include`` that is not there."""
+    given = config.eval
+    if given is None:
+        return
+    for key, folders in (("task_data", [given.task_data]), ("task_include", given.task_include)):
+        for folder in folders:
+            if folder is not None and not Path(folder).is_dir():
+                raise UserError(f"eval.{key}: {folder}: no such folder; give one that every node sees")
+
+
 def open_scores(config: RunConfig, out: Path, stepper: Stepper, command: Command = tele) -> list[Hook]:
-    """The hook of a run that has tasks or samples to evaluate. UserError for what every evaluation would fail by."""
+    """The hook of a run that has tasks or samples to evaluate. UserError where the harness is not installed."""
     given = config.eval
     if given is None or not (given.tasks or given.samples):
         return []
     if given.tasks and command is tele and importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"eval.tasks: lm-evaluation-harness is not installed; run: {install_command('eval')}")
-    for key, folders in (("task_data", [given.task_data]), ("task_include", given.task_include)):
-        for folder in folders:
-            if folder is not None and not Path(folder).is_dir():
-                raise UserError(f"eval.{key}: {folder}: no such folder; give one that every node sees")
     return [CheckpointScores(config, given, out / FOLDER, stepper, command)]
 
 

@@ -24,16 +24,19 @@ FOLDER = "profile"
 _NUMBERS = ("ts", "dur")
 
 
-def open_profile(config: RunConfig, out: Path, stepper: Stepper) -> list[Hook]:
-    """The hook of ``train.profile``; none where it is not set. UserError for a first step that never comes."""
+def check_profile(config: RunConfig) -> None:
+    """UserError for a first step of ``train.profile`` that never comes."""
     given = config.train.profile
-    if given is None:
-        return []
-    if given.from_ > config.train.steps:
+    if given is not None and given.from_ > config.train.steps:
         raise UserError(
             f"train.profile.from: {given.from_} is after the last step, {config.train.steps}; give an earlier one"
         )
-    return [Profile(given, out / FOLDER, stepper)]
+
+
+def open_profile(config: RunConfig, out: Path, stepper: Stepper) -> list[Hook]:
+    """The hook of ``train.profile``; none where it is not set."""
+    given = config.train.profile
+    return [] if given is None else [Profile(given, out / FOLDER, stepper)]
 
 
 class Profile(Hook):

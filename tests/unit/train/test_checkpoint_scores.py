@@ -189,9 +189,12 @@ def test_a_signal_ends_the_evaluation_and_the_run(tmp_path, monkeypatch, capsys)
     ],
 )
 def test_what_cannot_be_evaluated_is_refused_before_training(tmp_path, monkeypatch, given, message):
+    def build(config):
+        raise AssertionError("the model is built before the refusal")
+
     stand_in(monkeypatch, STAND_IN)
     with pytest.raises(UserError) as caught:
-        loop.train(Stepper, run_config(eval=given), tmp_path)
+        loop.train(build, run_config(eval=given), tmp_path)
     assert message in str(caught.value)
 
 
