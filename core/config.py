@@ -294,7 +294,7 @@ def bundled_file(spec: str | Path, kind: str, where: str) -> Path:
         path = Path(spec)
         if (path / "run.yaml").is_file():
             raise UserError(f"{where}: {spec} is a folder; the config of that run is {path / 'run.yaml'}")
-        if not path.parent.is_dir() and path.parent.name == kind and path.stem in bundled_names(kind):
+        if not path.exists() and path.stem in bundled_names(kind):
             raise UserError(f"{where}: no such file {spec}; the bundled config goes by its name alone: {path.stem}")
         return path
     names = bundled_names(kind)

@@ -161,6 +161,8 @@ def option_like(argument: str, known: Sequence[str]) -> str | None:
     """What is meant by an option that is not among a command's ``known`` ones: a similar option, another program's name
     for one, or an assignment of ``--set`` (where ``known`` has it with ``--config``); None if nothing is near."""
     name, _, value = argument.partition("=")
+    if not argument.startswith("-"):  # a text by itself
+        return "--prompt" if "--prompt" in known else None
     if near := nearest(name, known, cutoff=0.8):
         return near
     if same := [option for option in OPTIONS.get(_bare(name), ()) if option in known]:

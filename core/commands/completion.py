@@ -25,7 +25,8 @@ def script(shell: str) -> str:
     if shell not in SHELLS:
         near = nearest(shell, SHELLS)
         hint = f"did you mean '{near}'?" if near else f"give one of {', '.join(SHELLS)}"
-        raise UserError(f"--print-completion: '{shell}' is not a shell that is supported; {hint}")
+        found = f"'{shell}' is not a shell that is supported" if shell else "needs the name of a shell"
+        raise UserError(f"--print-completion: {found}; {hint}")
     try:
         import shtab
     except ModuleNotFoundError:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import parse_json
-from telechat_twins.core.near import near_path
+from telechat_twins.core.near import near_path, nearest
 from telechat_twins.core.train.metrics import HELD_OUT, TASKS, Row, read_metrics
 
 TITLES = {
@@ -78,11 +78,20 @@ def _runs_at(path: Path) -> list[Series]:
         return [Series(folder.resolve().name, rows, _marks(folder, rows))]
     inner = sorted(child.parent for child in path.glob("*/metrics.jsonl")) if path.is_dir() else []
     if not inner:
-        hint = "" if path.exists() else near_path(path)
-        raise UserError(f"{path}: no metrics.jsonl here or one folder below; name the folder of a run{hint}")
+        raise UserError(f"{path}: no metrics.jsonl here or one folder below; name the folder of a run{_hint(path)}")
     prefix = path.resolve().name
     runs = [Series(f"{prefix}/{folder.name}", read_metrics(folder), {}) for folder in inner]
     return [run for run in runs if run.rows]
+
+
+def _hint(path: Path) -> str:
+    """Where the runs are that a path without any may mean: around a checkpoint, or further below."""
+    if not path.exists():
+        return near_path(path)
+    if (path.parent / "metrics.jsonl").is_file():
+        return f", {path.parent}"
+    below = sorted({str(file.parent.parent) for file in path.glob("*/*/metrics.jsonl")})
+    return f"; runs are in {', '.join(below[:3])}" if below else ""
 
 
 def _marks(folder: Path, rows: Sequence[Row]) -> dict[int, str]:
@@ -111,7 +120,9 @@ def panels(runs: Sequence[Series], columns: Sequence[str], against: str, differe
     known = {key for run in runs for row in run.rows for key in row} - {"step"}
     for name in columns:
         if name not in known:
-            raise UserError(f"--columns: no run has '{name}'; there are: {', '.join(sorted(known))[:600]}")
+            near = nearest(name, sorted(known))
+            hint = f"did you mean '{near}'? " if near else ""
+            raise UserError(f"--columns: no run has '{name}'; {hint}there are: {', '.join(sorted(known))[:600]}")
     made = [Panel(TITLES.get(name, name), _curves(runs, name, against)) for name in columns]
     made += [
         Panel(name.removeprefix(HELD_OUT), _curves(runs, name, against))

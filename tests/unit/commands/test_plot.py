@@ -76,8 +76,16 @@ def test_what_cannot_be_shown_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no metrics.jsonl here or one folder below"):
         read_runs([tmp_path])
     runs = read_runs([write_run(tmp_path / "a")])
-    with pytest.raises(UserError, match="--columns: no run has 'los'; there are: eval.web.loss, grad_norm, loss, lr"):
+    with pytest.raises(
+        UserError, match="no run has 'los'; did you mean 'loss'. there are: eval.web.loss, grad_norm, loss, lr"
+    ):
         panels(runs, ["los"], "step", False)
+    (tmp_path / "a" / "step-00000003").mkdir()
+    with pytest.raises(UserError, match="name the folder of a run, .*/a$"):
+        read_runs([tmp_path / "a" / "step-00000003"])
+    write_run(tmp_path / "deep" / "sweep" / "b")
+    with pytest.raises(UserError, match="runs are in .*/deep/sweep$"):
+        read_runs([tmp_path / "deep"])
     assert cli.main(["plot", str(tmp_path / "a"), "--difference", "--out", str(tmp_path / "x")]) == 2
     twins = read_runs([write_run(tmp_path / "x" / "a"), tmp_path / "a"])
     assert [run.label for run in twins] == ["1: a", "2: a"]
