@@ -327,8 +327,9 @@ class Decoder(nn.Module):
             x = ops.positions(x, wanted)
         x = self.norm(x)
         if targets is not None:
-            assert self.loss_head is not None  # by contract
-            return ops.frozen_head_loss(x, self.loss_head, targets)
+            head = self.loss_head(targets.numel())
+            assert head is not None  # by contract
+            return ops.head_loss(x, head, targets)
         if self.head is not None:
             logits = self.head(x)
         else:
@@ -337,14 +338,13 @@ class Decoder(nn.Module):
         logits = multiplied(logits, self.config.logit_mult)
         return logits if self.padding is None else logits + self.padding.to(logits.dtype)
 
-    @property
-    def loss_head(self) -> ops.FrozenHead | None:
-        """The head whose loss can be computed without the logits of a whole micro-batch; None: it cannot."""
+    def loss_head(self, rows: int) -> ops.Head | None:
+        """The head, where its loss of ``rows`` targets is computed without the logits of the whole micro-batch."""
         layer = self.embed if self.head is None else self.head
         if not self.last or layer is None or getattr(layer, "bias", None) is not None:
             return None
-        head = ops.FrozenHead(layer.weight, self.config.logit_mult, self.padding, self.config.ffn_hidden_size)
-        return head if ops.serves_head(head) else None
+        head = ops.Head(layer.weight, self.config.logit_mult, self.padding, self.config.ffn_hidden_size)
+        return head if ops.serves_head(head, rows, self.dtypes.compute) else None
 
     def use_adapters(self, on: bool) -> None:
         """Switch the adapters on, or off: the model is then its base, exactly."""

@@ -25,7 +25,7 @@ from telechat_twins.core.model.visibility import (
 from telechat_twins.kernels.pytorch import ops as kernels
 from telechat_twins.kernels.pytorch import paged as torch_paged
 from telechat_twins.kernels.pytorch.adapters import Adapted, adapted_linears
-from telechat_twins.kernels.pytorch.head_loss import FrozenHead, frozen_head_loss
+from telechat_twins.kernels.pytorch.head_loss import Head, head_loss
 from telechat_twins.kernels.pytorch.head_loss import serves as serves_head
 from telechat_twins.kernels.pytorch.ops import (
     add,
@@ -46,7 +46,7 @@ from telechat_twins.kernels.pytorch.weights import Matrix, several
 
 __all__ = [
     "Adapted",
-    "FrozenHead",
+    "Head",
     "Pages",
     "adapted_linears",
     "add",
@@ -60,7 +60,7 @@ __all__ = [
     "cross_entropy",
     "device",
     "embedding",
-    "frozen_head_loss",
+    "head_loss",
     "gelu",
     "hidden_keys",
     "key_parts",

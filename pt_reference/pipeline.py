@@ -143,7 +143,8 @@ class _Step:
     def _targets(self, stage: Decoder, batch: LocalBatch) -> Tensor | None:
         """The targets, where the stage can compute the loss by itself and only its sum is wanted, for gradients."""
         plain = self.watch is None and self.objective is None and batch.weights is None and not self.whole_logits
-        if not (plain and torch.is_grad_enabled() and self.mesh.tp.size == 1 and stage.loss_head is not None):
+        plain = plain and torch.is_grad_enabled() and self.mesh.tp.size == 1
+        if not plain or stage.loss_head(batch.targets.size) is None:
             return None
         return torch.from_numpy(batch.targets).to(ops.device())
 

@@ -28,7 +28,7 @@ from telechat_twins.kernels.mindspore import ops as kernels
 from telechat_twins.kernels.mindspore import paged as mindspore_paged
 from telechat_twins.kernels.mindspore.adapters import Adapted, adapted_linears
 from telechat_twins.kernels.mindspore.composite import accurate, add_bias, operand, total, wide
-from telechat_twins.kernels.mindspore.head_loss import FrozenHead, frozen_head_loss
+from telechat_twins.kernels.mindspore.head_loss import Head, head_loss
 from telechat_twins.kernels.mindspore.head_loss import serves as serves_head
 from telechat_twins.kernels.mindspore.ops import (
     Keys,
@@ -51,7 +51,7 @@ from telechat_twins.kernels.reference import visible_keys
 
 __all__ = [
     "Adapted",
-    "FrozenHead",
+    "Head",
     "Pages",
     "accurate",
     "adapted_linears",
@@ -65,7 +65,7 @@ __all__ = [
     "described",
     "cross_entropy",
     "embedding",
-    "frozen_head_loss",
+    "head_loss",
     "gelu",
     "hidden_keys",
     "key_parts",

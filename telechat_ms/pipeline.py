@@ -164,8 +164,8 @@ class _Step:
         """The targets, where the stage can compute the loss by itself and only its sum is wanted, for gradients."""
         plain = self.watch is None and self.objective is None and batch.weights is None and not self.whole_logits
         # A pass that public functions run twice (telechat_ms.autograd) has the plain loss.
-        plain = plain and ENGINE == "recorded"
-        if not (plain and self.take is not None and self.mesh.tp.size == 1 and stage.loss_head is not None):
+        plain = plain and ENGINE == "recorded" and self.take is not None and self.mesh.tp.size == 1
+        if not plain or stage.loss_head(batch.targets.size) is None:
             return None
         return Tensor(batch.targets)
 

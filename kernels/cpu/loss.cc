@@ -1,4 +1,5 @@
-// Cross-entropy over a shard of the vocabulary, embedding and its gradient, AdamW.
+// Cross-entropy over a shard of the vocabulary, gradient of the head by blocks of rows, embedding and its gradient, AdamW.
+#include "matmul.h"
 #include "types.h"
 
 namespace {
@@ -99,6 +100,14 @@ static void cross_entropy_gradient(const View *in, const View &target_view, cons
 }
 KERNEL(cross_entropy_backward, 4, 1, 3) { cross_entropy_gradient(in, out[0], scalar); }
 KERNEL(cross_entropy_backward_in_place, 4, 0, 3) { cross_entropy_gradient(in, in[0], scalar); }
+
+// in: total [V, E], added to; dlogits [N, V]; x [N, E]; all float32. total += dlogits^T x: further steps of its sums over
+// rows. N is not zero.
+KERNEL(head_gradient, 3, 0, 0) {
+  const int64_t rows = in[1].shape[0], columns = in[1].shape[1], width = in[2].shape[1];
+  const Operand dlogits{in[1].as<float>(), 1, columns}, x{in[2].as<float>(), width, 1};
+  float_product(columns, width, rows, dlogits, x, nullptr, in[0].as<float>(), true);
+}
 
 // in: table [V, E], ids [N]; out: rows [N, E]
 KERNEL(embedding, 2, 1, 0) {

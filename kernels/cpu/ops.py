@@ -284,6 +284,26 @@ def cross_entropy_backward(
     return logits
 
 
+def head_gradient(dlogits: Array, x: Array, total: Array | None) -> Array:
+    """dlogits [N, V]^T x [N, E] in float32, added to ``total`` [V, E] in place unless that is None; operands of one
+    dtype, float32 or bfloat16. ValueError for a total that is not contiguous."""
+    f32 = floats(dlogits=dlogits, x=x, total=total).dtypes["float32"]
+    if dlogits.dtype != f32:
+        more = matmul_bf16(dlogits, x, f32, turn_a=True, turn_w=True)
+    elif total is None:
+        more = matmul(dlogits, x, turn_a=True, turn_w=True)
+    if total is None:
+        return more
+    need("total", total, ("float32",), (dlogits.shape[1], x.shape[1]))
+    written(total=total)
+    if dlogits.dtype != f32:
+        accumulate(total, more, 0, True)
+        return total
+    product(dlogits, x, "float32", True, True)
+    engine_of(total).run("head_gradient", (total, dlogits, x), (), (), 0)
+    return total
+
+
 def embedding(table: Array, ids: Array) -> Array:
     """Rows of table [V, E] by ids [...]; ids in [0, V), which is not checked."""
     e = floats(table=table)

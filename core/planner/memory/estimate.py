@@ -29,6 +29,7 @@ from telechat_twins.core.planner.memory.frozen import (
     WHOLE,
     Trained,
     first_trained,
+    head_by_rows,
     rows_bytes,
     spared_operations,
     trained_of,
@@ -113,7 +114,9 @@ def rank_memory(
     if layout.pp > 1:  # a stage's result stays until its gradient arrives
         chunks = [one + positions * entry for one in chunks]
     if last:  # the last chunk's graph ends in the head and the loss
-        chunks[-1] += positions * (norm + logits - entry * (layout.pp > 1)) + head_cast
+        chunks[-1] += positions * (norm + logits - entry * (layout.pp > 1)) + (0 if trained.by_rows else head_cast)
+    head_gradient = 4 * config.vocab_size * config.hidden_size if last and trained.by_rows and trained.head else 0
+    chunks[-1] += head_gradient  # kept from the forward pass on
     sets = live_graphs(layout.schedule, layout.pp, layout.virtual, work.micro_batches, rank)
     alive = max(sum(n * size for n, size in zip(one, chunks, strict=True)) for one in sets)
 
@@ -126,7 +129,8 @@ def rank_memory(
     if work.executor.reuses_freed:
         workspace = _workspace_on_cpu(config, layout, work, held, states["buffers"], again, alive, head)
         if trained.by_rows:
-            workspace = max(workspace, rows_bytes(config, positions))
+            rows = rows_bytes(config, positions, widths.compute, trained.head) + head_cast
+            workspace = max(workspace - head_gradient, rows)
         bucket = min(int(layout.bucket_mb * 2**20), held.trained * widths.master) if layout.dp * layout.cp > 1 else 0
         states["buffers"] = work.executor.library + work.executor.message_copies * bucket
     else:
@@ -286,16 +290,16 @@ def ranks_of(
     widths = Widths.of(work.precision)
     names = parameter_table(config).keys() | ({} if lora is None else lora_table(config, lora)).keys()
     first = first_trained(config, names, constants) if constants else 0
+    positions = work.micro_batch * padded_length(work.seq_len, layout) // layout.cp
+    rows = head_by_rows(config, layout, constants, work.precision, work.executor, positions, whole_logits)
     kept = block_kept(config, layout, widths, work.executor, work.seq_len, work.fused)
     stages = stage_layers(layout, config)
     found = []
     for rank in range(layout.pp):
         held, table = held_by(config, layout, rank, widths, lora, constants)
-        chunks, trained = stages[rank :: layout.pp], WHOLE
+        chunks, trained = stages[rank :: layout.pp], WHOLE._replace(by_rows=rows and rank == layout.pp - 1)
         if constants:
-            trained = trained_of(
-                config, layout, table, constants, chunks, first, widths, work.executor, lora, whole_logits
-            )
+            trained = trained_of(config, layout, table, constants, chunks, first, widths, work.executor, lora, rows)
         found.append(rank_memory(config, layout, rank, work, held, [*map(len, chunks)], kept, trained))
     return found
 

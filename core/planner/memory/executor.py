@@ -22,7 +22,8 @@ class Executor:
     libraries keep, compiled code and scratch; ``message_copies``: copies of a bucket of gradients in its transport.
     These three were measured on CPUs only. ``wide_logits``: logits are turned into float32 before the loss, and
     ``wide_shards``, before the loss of a vocabulary that is divided over tensor ranks or padded; ``logit_copies``:
-    float32 tensors of their size. ``loss_by_rows``: the loss of a frozen float32 head is computed by blocks of rows.
+    float32 tensors of their size. ``loss_by_rows``: the loss of a frozen float32 head is computed by blocks of rows,
+    and ``trained_by_rows`` that of a trained one too, where core.model.batch.trained_by_rows says so.
     ``scaled_logits``: float32 tensors of the logits' size beside them where they are multiplied by a number: the
     operand that a product keeps, and the copy that it makes of one, which is a view. ``wide_masks``: masks of dropout
     are kept in the dtype of products, otherwise as bytes.
@@ -43,6 +44,7 @@ class Executor:
     library: int = 0
     message_copies: int = 0
     loss_by_rows: bool = False
+    trained_by_rows: bool = False
     scaled_logits: int = 0
     wide_masks: bool = False
 
@@ -65,7 +67,8 @@ def on_cpu(executor: Executor) -> Executor:
     wide = executor.wide_logits and not twin  # the twins' own operators of the loss read 16-bit logits
     rows = twin or executor.loss_by_rows
     found = replace(executor, recomputes_inputs=twin, reuses_freed=twin, library=library, message_copies=copies)
-    return replace(found, wide_logits=wide, loss_by_rows=rows, scaled_logits=2 if executor.name == "ms" else 0)
+    found = replace(found, loss_by_rows=rows, trained_by_rows=twin)
+    return replace(found, wide_logits=wide, scaled_logits=2 if executor.name == "ms" else 0)
 
 
 # Resident memory of a process that is in no tensor, above that of its first step with a narrow model.

@@ -1,4 +1,4 @@
-"""What frozen parameters and adapters change in the tensors that a rank keeps for its backward pass."""
+"""What frozen parameters and adapters, and a loss by blocks of rows, change in the tensors that a rank keeps."""
 
 from __future__ import annotations
 
@@ -39,24 +39,47 @@ def trained_of(
     widths: Widths,
     executor: Executor,
     lora: LoraConfig | None,
-    whole_logits: bool,
+    by_rows: bool,
 ) -> Trained:
     """For a rank with the parameters ``table`` and the blocks ``chunks``, of which those before block ``first`` have no
-    trained parameter in or before them. ``whole_logits``: the objective reads the logits, or weighs the tokens."""
+    trained parameter in or before them. ``by_rows``: of ``head_by_rows``."""
     matrices = {name: shard for name, shard in table.items() if name.startswith("layers.") and name.endswith(".weight")}
     matrices = {name: shard for name, shard in matrices.items() if len(shard.shape) == 2}
     sizes = {name: shard.shape[0] * shard.shape[1] for name, shard in matrices.items()}
     updated = sum(size for name, size in sizes.items() if name not in constants)
-    head = "embed.weight" if config.tied_embeddings else "head.weight"
-    frozen_head = head in table and head in constants
-    rows = frozen_head and layout.tp == 1 and executor.loss_by_rows and widths.compute == 4 and not whole_logits
     return Trained(
         _extra(config, layout, table, constants, widths, executor, lora),
         [sum(layer < first for layer in layers) for layers in chunks],
         updated / sum(sizes.values()) if sizes else 1.0,
-        not frozen_head,
-        rows,
+        not (_head(config) in table and _head(config) in constants),
+        by_rows and _head(config) in table,
     )
+
+
+def _head(config: ModelConfig) -> str:
+    return "embed.weight" if config.tied_embeddings else "head.weight"
+
+
+def head_by_rows(
+    config: ModelConfig,
+    layout: Layout,
+    constants: Collection[str],
+    precision: str,
+    executor: Executor,
+    positions: int,
+    whole_logits: bool,
+) -> bool:
+    """Whether the loss of a micro-batch of ``positions`` is computed by blocks of rows. ``whole_logits``: the objective
+    reads the logits, or weighs the tokens."""
+    if layout.tp > 1 or whole_logits:
+        return False
+    if _head(config) in constants:
+        return executor.loss_by_rows and Widths.of(precision).compute == 4
+    from telechat_twins.core.model.batch import trained_by_rows  # imports numpy
+
+    plain = precision == "fp32" or (precision in ("bf16", "amp") and config.num_tokens == config.vocab_size)
+    found = trained_by_rows(positions, config.vocab_size, config.hidden_size, Widths.of(precision).compute)
+    return executor.trained_by_rows and plain and found
 
 
 def first_trained(config: ModelConfig, names: Collection[str], constants: Collection[str]) -> int:
@@ -86,12 +109,15 @@ def spared_operations(
     return less, attention * (1.0 - 2.0 / 3.0 * first / config.num_layers)
 
 
-def rows_bytes(config: ModelConfig, positions: int) -> int:
-    """Bytes of the largest block of logits where the loss of a frozen head is computed by rows, in float32."""
+def rows_bytes(config: ModelConfig, positions: int, width: int, trained: bool) -> int:
+    """Bytes beside what is kept while the loss is computed by rows, ``width`` bytes a number: the largest block of
+    logits and, of a ``trained`` head, its input (its gradient is kept) and, in 16 bits, a block's part of the sum."""
     from telechat_twins.core.model.batch import head_blocks  # imports numpy
 
-    blocks = head_blocks(positions, config.vocab_size, config.ffn_hidden_size)
-    return 4 * config.vocab_size * max(one.stop - one.start for one in blocks)
+    blocks = head_blocks(positions, config.vocab_size, config.ffn_hidden_size, trained)
+    block = width * config.vocab_size * max(one.stop - one.start for one in blocks)
+    part = 4 * config.vocab_size * config.hidden_size if width < 4 else 0
+    return block + (positions * config.hidden_size * width + part) * trained
 
 
 def _extra(
