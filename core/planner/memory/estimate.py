@@ -30,6 +30,7 @@ from telechat_twins.core.planner.memory.frozen import (
     Trained,
     first_trained,
     head_by_rows,
+    head_kept,
     rows_bytes,
     spared_operations,
     trained_of,
@@ -113,10 +114,9 @@ def rank_memory(
     ]
     if layout.pp > 1:  # a stage's result stays until its gradient arrives
         chunks = [one + positions * entry for one in chunks]
+    ends = head_kept(config, head_cast, trained)
     if last:  # the last chunk's graph ends in the head and the loss
-        chunks[-1] += positions * (norm + logits - entry * (layout.pp > 1)) + (0 if trained.by_rows else head_cast)
-    head_gradient = 4 * config.vocab_size * config.hidden_size if last and trained.by_rows and trained.head else 0
-    chunks[-1] += head_gradient  # kept from the forward pass on
+        chunks[-1] += positions * (norm + logits - entry * (layout.pp > 1)) + ends
     sets = live_graphs(layout.schedule, layout.pp, layout.virtual, work.micro_batches, rank)
     alive = max(sum(n * size for n, size in zip(one, chunks, strict=True)) for one in sets)
 
@@ -129,8 +129,7 @@ def rank_memory(
     if work.executor.reuses_freed:
         workspace = _workspace_on_cpu(config, layout, work, held, states["buffers"], again, alive, head)
         if trained.by_rows:
-            rows = rows_bytes(config, positions, widths.compute, trained.head) + head_cast
-            workspace = max(workspace - head_gradient, rows)
+            workspace = max(workspace - ends, head_cast + rows_bytes(config, positions, widths, trained.head))
         bucket = min(int(layout.bucket_mb * 2**20), held.trained * widths.master) if layout.dp * layout.cp > 1 else 0
         states["buffers"] = work.executor.library + work.executor.message_copies * bucket
     else:
@@ -138,9 +137,8 @@ def rank_memory(
     messages, tables = 0, padded // layout.cp * config.head_dim * max(widths.stat, 4)
     if work.executor.eager_messages:
         tables *= work.micro_batches
-    if (
-        work.executor.eager_messages and layout.pp > 1 and rank > 0
-    ):  # gradients sent back stay until the rank before has used them
+    if work.executor.eager_messages and layout.pp > 1 and rank > 0:
+        # Gradients sent back stay until the rank before has used them.
         messages = peak_live(layout.schedule, layout.pp, layout.virtual, work.micro_batches, rank - 1)
     states["buffers"] += int(messages * positions * entry) + tables
     graphs = peak_live(layout.schedule, layout.pp, layout.virtual, work.micro_batches, rank)

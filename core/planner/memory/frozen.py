@@ -109,12 +109,20 @@ def spared_operations(
     return less, attention * (1.0 - 2.0 / 3.0 * first / config.num_layers)
 
 
-def rows_bytes(config: ModelConfig, positions: int, width: int, trained: bool) -> int:
-    """Bytes beside what is kept while the loss is computed by rows, ``width`` bytes a number: the largest block of
-    logits and, of a ``trained`` head, its input (its gradient is kept) and, in 16 bits, a block's part of the sum."""
+def head_kept(config: ModelConfig, cast: int, trained: Trained) -> int:
+    """Bytes that a graph keeps for the head's matrix: its ``cast``, or by rows its own gradient, in float32."""
+    if trained.by_rows:
+        return 4 * config.vocab_size * config.hidden_size * trained.head
+    return cast
+
+
+def rows_bytes(config: ModelConfig, positions: int, widths: Widths, trained: bool) -> int:
+    """Bytes beside what is kept while the loss is computed by rows: the largest block of logits and, of a ``trained``
+    head, its input, whose gradient is kept, and in 16 bits a block's part of the head's."""
     from telechat_twins.core.model.batch import head_blocks  # imports numpy
 
     blocks = head_blocks(positions, config.vocab_size, config.ffn_hidden_size, trained)
+    width = widths.compute
     block = width * config.vocab_size * max(one.stop - one.start for one in blocks)
     part = 4 * config.vocab_size * config.hidden_size if width < 4 else 0
     return block + (positions * config.hidden_size * width + part) * trained
