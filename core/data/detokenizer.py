@@ -153,11 +153,14 @@ class ByteDecoder:
             self.start = self.length
             return ""
         data = self._tokenizer.token_bytes(token)
+        text = ""
+        if self._decoder.getstate()[0] == b"\xed" and data[:1] >= b"\xa0":
+            # Half of a surrogate is no character, which Python's decoder would find at the next byte only.
+            text = self._decoder.decode(b"", final=True)
+            self._decoder.reset()
         # A first byte that does not go on with the character begun comes behind the replacement for that one.
-        begun = len(self._decoder.getstate()[0])
-        text = self._decoder.decode(data[:1])
-        broken = begun > 0 and text[:1] == REPLACEMENT and (len(text) > 1 or bool(self._decoder.getstate()[0]))
-        self.start = self.length + broken
+        text += self._decoder.decode(data[:1])
+        self.start = self.length + len(text) - (not self._decoder.getstate()[0])
         text += self._decoder.decode(data[1:])
         self.length += len(text)
         return text

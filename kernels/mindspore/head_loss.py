@@ -13,7 +13,7 @@ from typing import NamedTuple
 import mindspore as ms
 from mindspore import Tensor, ops
 
-from telechat_twins.core.model.batch import head_blocks, trained_by_rows
+from telechat_twins.core.model.head_rows import head_blocks, trained_by_rows
 from telechat_twins.kernels.mindspore import ops as kernels
 from telechat_twins.kernels.mindspore.autograd import Gradients, converted, turned_product
 from telechat_twins.kernels.mindspore.composite import total_loss
@@ -35,7 +35,7 @@ class Head(NamedTuple):
 def serves(head: Head, rows: int, compute: ms.Type) -> bool:
     """Whether ``head_loss`` takes this head and x [rows, E] in ``compute``, with operators of kernels.cpu: a frozen
     float32 head; a trained one in float32, or bfloat16 without padding, where that spares memory
-    (core.model.batch.trained_by_rows)."""
+    (core.model.head_rows.trained_by_rows)."""
     weight = head.weight
     if any(not hasattr(kernels.serving(name, compute), "head_gradient") for name in ("linear", "cross_entropy")):
         return False

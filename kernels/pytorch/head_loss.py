@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import Function, FunctionCtx, once_differentiable
 
-from telechat_twins.core.model.batch import IGNORE, head_blocks, trained_by_rows
+from telechat_twins.core.model.batch import IGNORE
+from telechat_twins.core.model.head_rows import head_blocks, trained_by_rows
 from telechat_twins.kernels.pytorch import cpu as torch_cpu
 from telechat_twins.kernels.pytorch import native as torch_native
 from telechat_twins.kernels.pytorch import ops as kernels
@@ -34,7 +35,7 @@ class Head(NamedTuple):
 def serves(head: Head, rows: int, compute: torch.dtype) -> bool:
     """Whether ``head_loss`` takes this head and x [rows, E] in ``compute``: a frozen float32 head with operators of
     kernels.pytorch that it can call; on a CPU a trained one too, in float32, or bfloat16 without padding, where that
-    spares memory (core.model.batch.trained_by_rows)."""
+    spares memory (core.model.head_rows.trained_by_rows)."""
     weight = head.weight
     if kernels.serving("cross_entropy", torch.empty(0, dtype=compute, device=weight.device)) is torch_native:
         return False

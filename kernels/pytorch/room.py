@@ -43,7 +43,7 @@ class GradientPlace:
         """``weight`` finds the place from now on, by ``take_place``."""
         self._place, self._offered = place, False
         self._fits = (place.dtype, place.device, place.stride()) == (weight.dtype, weight.device, weight.stride())
-        weight._gradient_place = self  # type: ignore[attr-defined]
+        weight.gradient_place = self  # type: ignore[attr-defined]
 
     def offer(self) -> None:
         self._offered = self._fits
@@ -58,7 +58,7 @@ class GradientPlace:
 
 def take_place(weight: Tensor) -> Tensor | None:
     """Where to write a whole gradient of ``weight``; None: elsewhere."""
-    found: GradientPlace | None = getattr(weight, "_gradient_place", None)
+    found: GradientPlace | None = getattr(weight, "gradient_place", None)
     return None if found is None else found.take()
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from telechat_twins.core.schema import without
 from tests import docs
 from tests.house import ROOT
 from tests.support.docs_workspace import add_checkout, add_demo, add_packed, add_text
@@ -30,7 +31,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     add_checkout(folder)
     for path in (folder / "configs" / "mup").glob("*.yaml"):
         tree = yaml.safe_load(path.read_text())
-        tree |= {"set": [*tree.get("set", []), *SHORT], "window": 3, "trials": [], "seeds": []}
+        tree |= {"set": [*without(tree.get("set", []), SHORT), *SHORT], "window": 3, "trials": [], "seeds": []}
         if "grid" in tree:
             tree["grid"] = {name: values[: TRIALS if name == "lr" else 1] for name, values in tree["grid"].items()}
         path.write_text(yaml.safe_dump(tree))

@@ -23,7 +23,7 @@ class Executor:
     These three were measured on CPUs only. ``wide_logits``: logits are turned into float32 before the loss, and
     ``wide_shards``, before the loss of a vocabulary that is divided over tensor ranks or padded; ``logit_copies``:
     float32 tensors of their size. ``loss_by_rows``: the loss of a frozen float32 head is computed by blocks of rows,
-    and ``trained_by_rows`` that of a trained one too, where core.model.batch.trained_by_rows says so.
+    and ``trained_by_rows`` that of a trained one too, where core.model.head_rows.trained_by_rows says so.
     ``scaled_logits``: float32 tensors of the logits' size beside them where they are multiplied by a number: the
     operand that a product keeps, and the copy that it makes of one, which is a view. ``wide_masks``: masks of dropout
     are kept in the dtype of products, otherwise as bytes.

@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.model.head_rows import head_blocks, trained_by_rows
 from telechat_twins.core.model.lora import LoraConfig
 from telechat_twins.core.model.params import ParamSpec
 from telechat_twins.core.parallel.layout import Layout
@@ -75,7 +76,6 @@ def head_by_rows(
         return False
     if _head(config) in constants:
         return executor.loss_by_rows and Widths.of(precision).compute == 4
-    from telechat_twins.core.model.batch import trained_by_rows  # imports numpy
 
     plain = precision == "fp32" or (precision in ("bf16", "amp") and config.num_tokens == config.vocab_size)
     found = trained_by_rows(positions, config.vocab_size, config.hidden_size, Widths.of(precision).compute)
@@ -119,7 +119,6 @@ def head_kept(config: ModelConfig, cast: int, trained: Trained) -> int:
 def rows_bytes(config: ModelConfig, positions: int, widths: Widths, trained: bool) -> int:
     """Bytes beside what is kept while the loss is computed by rows: the largest block of logits and, of a ``trained``
     head, its input, whose gradient is kept, and in 16 bits a block's part of the head's."""
-    from telechat_twins.core.model.batch import head_blocks  # imports numpy
 
     blocks = head_blocks(positions, config.vocab_size, config.ffn_hidden_size, trained)
     width = widths.compute

@@ -200,7 +200,7 @@ def test_a_script_parses_its_own_command_line(monkeypatch: pytest.MonkeyPatch) -
         (["plan", "--model", "telechat3"], "did you mean 'telechat3-36b'?"),
         (["plan", "--config", "7b"], "did you mean 'telechat2-7b'?"),
         (["plan", "--model", "telechat2-7b", "--machine", "h100"], "did you mean 'h100-sxm'?"),
-        (["plan", "--model", "telechat2-7b", "--layout", "tp2", "--layout", "pp2"], "twice, as 'tp2' and 'pp2'"),
+        (["plan", "--model", "telechat2-7b", "--seq-len", "8192", "--seq-len", "4096"], "twice, as 8192 and 4096"),
         (["eval", "iq", "--seed", "1", "--seed=2"], "--seed: was given twice, as 1 and 2; leave one out"),
         (["train", "--backend", "ms", "--config", "telechat2-tny"], "did you mean 'telechat2-tiny'?"),
         (["--print-completion", "bsh"], "did you mean 'bash'?"),

@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 
-from telechat_twins.core.model.batch import IGNORE, head_blocks, trained_by_rows
+from telechat_twins.core.model.batch import IGNORE
+from telechat_twins.core.model.head_rows import head_blocks, trained_by_rows
 from tests.support.frameworks import BACKENDS
 
 N, E, V, MULTIPLIER, FACTOR = 300, 16, 48, 0.5, 0.25

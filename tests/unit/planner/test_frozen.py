@@ -8,7 +8,6 @@ import importlib.util
 import numpy as np
 import pytest
 
-from telechat_twins.core.model import batch
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.model.lora import LoraConfig, lora_table
 from telechat_twins.core.model.params import parameter_table
@@ -164,7 +163,7 @@ def test_a_trained_head_by_rows_keeps_what_autograd_saves(precision: str, monkey
 
 def by_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every trained head's loss by blocks of rows, in the twin and in the estimate."""
-    monkeypatch.setattr(batch, "trained_by_rows", lambda *_: True)
+    monkeypatch.setattr("telechat_twins.core.planner.memory.frozen.trained_by_rows", lambda *_: True)
     if importlib.util.find_spec("torch"):
         monkeypatch.setattr("telechat_twins.kernels.pytorch.head_loss.trained_by_rows", lambda *_: True)
 
