@@ -16,7 +16,10 @@ constexpr int64_t kWidth = 2 * W;  // outputs of a strip
 // A buffer of pairs kept between calls: page faults on fresh memory cost as much as the packing.
 struct Buffer {
   uint32_t *room(size_t size) {
-    if (held.size() < size) held.resize(size);
+    if (held.size() < size) {
+      decltype(held)().swap(held);  // its numbers are of the call before, and would be copied
+      held.resize(size);
+    }
     return reinterpret_cast<uint32_t *>(held.data());
   }
   Floats held;

@@ -12,7 +12,10 @@ struct Operand {
 // A buffer of floats on cache lines, kept between calls: page faults on fresh memory cost as much as the packing.
 struct FloatBuffer {
   float *room(size_t size) {
-    if (held.size() < size) held.resize(size);
+    if (held.size() < size) {
+      Floats().swap(held);  // its numbers are of the call before, and would be copied
+      held.resize(size);
+    }
     return held.data();
   }
   Floats held;
