@@ -1,3 +1,3 @@
 """The PyTorch side. Importing it prepares the process."""
 
-import telechat_twins.kernels.pytorch.settings  # noqa: F401
+import telechat_twins.kernels.pytorch  # noqa: F401

@@ -116,7 +116,7 @@ def environment(plan: LaunchPlan) -> dict[str, str]:
     size = shutil.get_terminal_size()  # the ranks write to files, so their progress bars cannot ask for it
     env["COLUMNS"], env["LINES"] = str(size.columns), str(size.lines)
     # Measured: without it every small operator of MindSpore on the CPU takes about 4 ms longer, waiting for OpenMP
-    # threads that spin; for PyTorch see kernels/pytorch/settings.py.
+    # threads that spin; for PyTorch see kernels/pytorch/__init__.py.
     env.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # MindSpore's import, in msrun too, sets the variable to 1 for child processes where it is not set.
     if plan.nproc > 1 or plan.backend == "ms":
