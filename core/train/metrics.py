@@ -30,7 +30,7 @@ MEASURED = frozenset(
 HELD_OUT = "eval/"  # begins the columns of held-out sources: eval/NAME/loss, .../perplexity, .../bits_per_byte
 TASKS = "tasks/"  # begins the scores of tasks at checkpoints: tasks/NAME/METRIC, and tasks/NAME/stderr
 _SMOOTH_FROM = 250  # steps from which a plot shows a running mean
-LONGEST_ROW = 4096  # bytes: a row has a few hundred
+LONGEST_ROW = 16_384  # bytes: a row has a few hundred, with 16 held-out sources of long names more than 4,096
 
 
 class MetricsLog:

@@ -121,6 +121,13 @@ class HeldOut:
         same = judged_by(trainer["config"]) == judged_by(self._config.to_dict())
         self.best = Best(**trainer.get("held_out", {})) if same else Best()
 
+    def mark_again(self, folder: Path, rank: int) -> None:
+        """Let ``best`` name the checkpoint that is the best by the record of the one a run of ``folder`` goes on from:
+        the run may have ended between the two, or is put back to a step before a better one."""
+        best = folder / f"step-{self.best.step:08d}"
+        if self._eval is not None and self._eval.keep_best and self.best.value is not None and best.is_dir():
+            self.mark(folder, best, rank)
+
     @staticmethod
     def mark(folder: Path, checkpoint: Path | None, rank: int) -> None:
         """Let the run's file ``best`` name the checkpoint that has just been saved; rank 0 writes it."""

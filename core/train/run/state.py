@@ -89,6 +89,7 @@ class Run:
         self.notes += describe_resumption(checkpoint, self.config, self.history, self.digest())
         if checkpoint.path.resolve().parent == self.out.resolve():
             self.saver.last = checkpoint.path
+            self.held_out.mark_again(self.out, self.stepper.rank)
         else:
             self.origin = checkpoint.path
 

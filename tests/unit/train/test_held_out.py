@@ -158,6 +158,41 @@ def test_a_resumed_run_that_judges_by_another_number_compares_anew(held, tmp_pat
     assert (tmp_path / "best").read_text() == f"step-{step:08d}\n"
 
 
+def test_best_follows_the_checkpoint_that_a_run_goes_on_from(held, tmp_path, monkeypatch) -> None:
+    """A run may be killed after it saved its best checkpoint and before `best` names it, or be put back."""
+    losses = iter([3.0, 2.0, 9.0, 8.0, 8.5, 8.6])
+    monkeypatch.setattr(evaluate, "held_out_metrics", lambda *_: figures("web", next(losses), 10, 20))
+    section = {"sources": TWO[:1], "every": 2, "keep_best": True}
+    config = run_config(train__steps=4, eval=section, checkpoint={"every": 1, "keep_last": 9})
+    loop.train(NumpyStepper, config, tmp_path)
+    (tmp_path / "best").write_text("step-00000002\n")  # as if it were killed between the two
+    further = run_config(train__steps=6, eval=section, checkpoint={"every": 1, "keep_last": 2})
+    loop.train(NumpyStepper, further, tmp_path, resume="auto")
+    assert (tmp_path / "best").read_text() == "step-00000004\n"
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == [f"step-{step:08d}" for step in (4, 5, 6)]
+    # Put back to step 2, after which nothing is better: its own best counts.
+    loop.train(NumpyStepper, config, tmp_path / "other")
+    assert (tmp_path / "other" / "best").read_text() == "step-00000002\n"
+    (tmp_path / "other" / "best").write_text("step-00000004\n")
+    loop.train(NumpyStepper, config, tmp_path / "other", resume=str(tmp_path / "other" / "step-00000003"))
+    assert (tmp_path / "other" / "best").read_text() == "step-00000002\n"
+
+
+def test_the_longest_rows_of_a_legal_config_are_read_again(held, tmp_path, monkeypatch) -> None:
+    names = [f"{'long' * 9}-{number:02d}" for number in range(16)]
+
+    def made(*_):
+        return {key: value for name in names for key, value in figures(name, 1.2345678901234567e-5, 1, 3).items()}
+
+    monkeypatch.setattr(evaluate, "held_out_metrics", made)
+    given = [{"path": "made/web", "name": name} for name in names]
+    config = run_config(eval={"sources": given, "every": 6, "metric": f"{names[3]}/loss"})
+    loop.train(NumpyStepper, config, tmp_path)
+    longest = max((tmp_path / "metrics.jsonl").read_bytes().split(b"\n"), key=len)
+    assert len(longest) > 4096
+    assert sum(name.startswith("eval/") for name in read_metrics(tmp_path)[5]) == 48
+
+
 def test_the_figures_are_drawn_and_go_to_tensorboard(held, tmp_path) -> None:
     loop.train(NumpyStepper, run_config(eval={"sources": TWO, "every": 5}), tmp_path)
     (events,) = (tmp_path / "tensorboard").iterdir()

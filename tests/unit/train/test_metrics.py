@@ -59,10 +59,10 @@ def test_the_last_row_of_a_growing_file(tmp_path):
     assert last_row(path) is None
     path.write_text("")
     assert last_row(path) is None
-    lines = [json.dumps(row(step)) + "\n" for step in range(1, 200)]
-    path.write_text("".join(lines) + json.dumps(row(200))[:-7])
-    assert path.stat().st_size > 2 * LONGEST_ROW
-    assert last_row(path) == row(199)
+    lines = [json.dumps(row(step)) + "\n" for step in range(1, 1200)]
+    path.write_text("".join(lines) + json.dumps(row(1200))[:-7])
+    assert path.stat().st_size > 4 * LONGEST_ROW
+    assert last_row(path) == row(1199)
 
 
 def test_a_bad_line_is_named(tmp_path):
