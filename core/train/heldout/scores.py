@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import json
 import os
@@ -26,7 +27,6 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import write_text
 from telechat_twins.core.launch.command import RANK_VARIABLES
 from telechat_twins.core.shown import printable
-from telechat_twins.core.train.agreement import run_on_all
 from telechat_twins.core.train.metrics import TASKS, Row
 from telechat_twins.core.train.run.hooks import Hook, Note
 from telechat_twins.core.train.stepper import Stepper
@@ -82,13 +82,12 @@ class CheckpointScores(Hook):
 
     def judge(self, step: int, checkpoint: Path, note: Note, stopped: Callable[[], bool]) -> Row:
         row: Row = {}
-        if self._stepper.rank == 0:
-            self._begin(step, checkpoint)
+        unmade = self._begin(step, checkpoint) if self._stepper.rank == 0 else None
         jobs = [("tasks", self._task_words), ("samples", self._sample_words)]
         for name, words in jobs:
             if not getattr(self._eval, name):
                 continue
-            problem = self._run(step, name, words(step, checkpoint), stopped)
+            problem = self._run(step, name, functools.partial(words, step, checkpoint), stopped, unmade)
             if stopped():
                 return row
             if self._stepper.rank == 0:
@@ -101,42 +100,48 @@ class CheckpointScores(Hook):
                     note(f"warning: step {step}: eval.{name} could not be evaluated ({problem}); training goes on")
         return row
 
-    def _begin(self, step: int, checkpoint: Path) -> None:
-        """Make the step's folder. What `tele eval` would refuse to go on with is removed: a part of an evaluation by
-        another backend or other options, as of a run that was resumed with those, and a finished one, of a step that a
-        run resumed further back passes again."""
+    def _begin(self, step: int, checkpoint: Path) -> str | None:
+        """Make the step's folder; the reason where it cannot be made. What `tele eval` would refuse to go on with is
+        removed: a part of an evaluation by another backend or other options, as of a run that was resumed with those,
+        and a finished one, of a step that a run resumed further back passes again."""
         folder = self._of(step)
         given = json.dumps([self._model_words(checkpoint), dataclasses.asdict(self._eval)], ensure_ascii=False) + "\n"
         before = folder / GIVEN
-        begun = before.is_file() and before.read_text(encoding="utf-8") == given
-        if folder.is_dir() and (not begun or (folder / DONE).is_file()):
-            shutil.rmtree(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        write_text(before, given)
+        try:
+            begun = before.is_file() and before.read_text(encoding="utf-8") == given
+            if folder.is_dir() and (not begun or (folder / DONE).is_file()):
+                shutil.rmtree(folder)
+            folder.mkdir(parents=True, exist_ok=True)
+            write_text(before, given)
+        except (OSError, UserError) as error:
+            return _reason(error)
+        return None
 
     def judged(self, step: int) -> None:
         if self._stepper.rank == 0:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, UserError):
                 write_text(self._of(step) / DONE, "")
 
     def _of(self, step: int) -> Path:
         return self._folder / f"step-{step:08d}"
 
-    def _run(self, step: int, name: str, words: list[str], stopped: Callable[[], bool]) -> str | None:
-        """Run one command to its end, on rank 0; the reason if it fails. All ranks return at the same time."""
+    def _run(
+        self, step: int, name: str, words: Callable[[], list[str]], stopped: Callable[[], bool], problem: str | None
+    ) -> str | None:
+        """Run one command to its end, on rank 0, unless a ``problem`` keeps it from it; the reason if it fails. All
+        ranks return at the same time."""
         log = self._of(step) / f"{name}.log"
         process: subprocess.Popen[bytes] | None = None
-
-        def start() -> None:
-            nonlocal process
-            if self._stepper.rank == 0:
-                env = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
+        if self._stepper.rank == 0 and problem is None:
+            env = {key: value for key, value in os.environ.items() if key not in RANK_VARIABLES}
+            try:
+                command = self._command(words())
                 with open(log, "wb") as file:
                     process = subprocess.Popen(
-                        self._command(words), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=env
+                        command, stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=env
                     )
-
-        run_on_all(self._stepper, start)
+            except (OSError, UserError) as error:
+                problem = _reason(error)
         wait = 0.01
         while True:
             running = process is not None and process.poll() is None
@@ -147,11 +152,11 @@ class CheckpointScores(Hook):
             time.sleep(wait)
             wait = min(2 * wait, MOMENT_S)
         if process is None:
-            return None
+            return problem
         if process.poll() is None:
             process.terminate()
         code = process.wait()
-        return None if code == 0 else f"exit code {code}: {_last_line(log)}"
+        return None if code == 0 else f"exit code {code}: {_last_line(log)}; log: {log}"
 
     def _model_words(self, checkpoint: Path) -> list[str]:
         backend = BACKENDS[self._stepper.implementation().get("backend", "").split()[0].lower()]
@@ -179,9 +184,8 @@ class CheckpointScores(Hook):
 
     def _sample_words(self, step: int, checkpoint: Path) -> list[str]:
         questions, out = self._of(step) / "prompts.jsonl", self._of(step) / SAMPLES
-        if self._stepper.rank == 0:
-            rows = [json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in self._eval.samples]
-            write_text(questions, "".join(rows))
+        rows = [json.dumps({"prompt": prompt}, ensure_ascii=False) + "\n" for prompt in self._eval.samples]
+        write_text(questions, "".join(rows))
         words = [
             "eval",
             "answers",
@@ -229,6 +233,11 @@ def samples_of(folder: Path) -> list[JsonObject]:
     return [json.loads(line) for line in file.read_bytes().split(b"\n") if line]
 
 
+def _reason(error: Exception) -> str:
+    """An error of a file as a part of a warning."""
+    return f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else str(error)
+
+
 def _last_line(log: Path) -> str:
     """The last line of a log that says something."""
     with contextlib.suppress(OSError):
@@ -236,4 +245,4 @@ def _last_line(log: Path) -> str:
         said = [line for line in lines if line]
         if said:
             return printable(said[-1], 300)
-    return f"see {log}"
+    return "it says nothing"

@@ -13,7 +13,7 @@ from telechat_twins.core.config import run_config_from_dict
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.train import loop, records
 from telechat_twins.core.train.heldout import scores
-from telechat_twins.core.train.heldout.scores import SAMPLES, open_scores, samples_of
+from telechat_twins.core.train.heldout.scores import SAMPLES, CheckpointScores, open_scores, samples_of
 from telechat_twins.core.train.metrics import last_row, plot_losses, read_metrics
 from tests.support.numpy_stepper import Cluster, MemoryBlend, NumpyStepper, run_config
 
@@ -76,7 +76,9 @@ def test_every_checkpoint_is_scored_and_a_failure_is_a_warning(tmp_path, monkeyp
     assert "tasks after step 2: arc acc 0.0200 ± 0.5000; rolling acc 0.0200" in said
     assert "sample after step 5: Once ->  after 5" in said and "sample after step 5: 你 ->  after 5" in said
     for name in ("tasks", "samples"):
-        assert f"step 4: eval.{name} could not be evaluated (exit code 1: tele: no such task); training goes" in said
+        log = tmp_path / "evaluations" / "step-00000004" / f"{name}.log"
+        why = f"exit code 1: tele: no such task; log: {log}"
+        assert f"step 4: eval.{name} could not be evaluated ({why}); training goes on" in said
     (words,) = (json.loads(line[6:]) for line in _log(tmp_path, 2, "tasks").splitlines())
     folder = tmp_path / "evaluations" / "step-00000002"
     assert words == [
@@ -90,6 +92,41 @@ def test_every_checkpoint_is_scored_and_a_failure_is_a_warning(tmp_path, monkeyp
     (events,) = (tmp_path / "tensorboard").iterdir()
     for text in ("tasks/arc/acc", "samples/1", "你 after 2", "你 after 5"):
         assert text.encode() in events.read_bytes()
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("place", ["evaluations", "evaluations/step-00000002/prompts.jsonl"])
+def test_a_folder_that_cannot_be_written_is_a_warning(tmp_path, monkeypatch, capsys, world, place):
+    """On every rank training goes on, as after any other evaluation that fails."""
+    code = STAND_IN.replace("FAILS", "-1")
+    if place == "evaluations":  # a file in place of the folder
+        (tmp_path / place).write_text("")
+    else:  # a folder in place of the file
+        real = CheckpointScores._begin
+
+        def begin(self, step, checkpoint):
+            unmade = real(self, step, checkpoint)
+            if step == 2:
+                (tmp_path / place).mkdir()
+            return unmade
+
+        monkeypatch.setattr(CheckpointScores, "_begin", begin)
+    stand_in(monkeypatch, code)
+    cluster = Cluster(world)
+    parallel = config_of().to_dict() | ({"parallel": {"dp": 2}} if world == 2 else {})
+    config = run_config_from_dict(parallel)
+    results = cluster.run(
+        lambda rank: loop.train(lambda given: Stepper(given, cluster=cluster, rank=rank), config, tmp_path)
+    )
+    assert [result.step for result in results] == [5] * world
+    said, rows = capsys.readouterr().err, read_metrics(tmp_path)
+    scored = [row["step"] for row in rows if "tasks/arc/acc" in row]
+    if place == "evaluations":
+        assert scored == [] and said.count("eval.tasks could not be evaluated (") == 3
+        assert f"{tmp_path / place}/step-00000002: Not a directory); training goes on" in said
+    else:
+        assert scored == [2, 4, 5] and said.count("could not be evaluated") == 1
+        assert "step 2: eval.samples could not be evaluated (" in said
 
 
 def _log(run: Path, step: int, name: str) -> str:
