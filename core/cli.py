@@ -102,6 +102,8 @@ Exit codes: 0 success; 2 an error in the input (one line says how to fix it); 1 
 The command can also be called as `python -m telechat_twins.core.cli`."""
 
 
+MAY_BE_EMPTY = ("TEXT", "NAME", "PIECE", "ID")  # placeholders of arguments for which no character is a value
+
 _GIVEN = " given"  # name in a namespace, which no option can have: the values of options that were given
 
 
@@ -171,6 +173,15 @@ class Parser(argparse.ArgumentParser):
                 if type(number) is int and abs(number) >= LARGEST or type(number) is float and math.isnan(number):
                     self.error(f"argument --{name.replace('_', '-')}: {shown(number)} is out of range")
         return parsed
+
+    def _get_values(self, action: argparse.Action, arg_strings: list[str]) -> object:
+        """argparse's own values of an argument. An empty word is refused, unless it can be meant: most often it is a
+        shell variable that is not set, and would stand for the working folder or for the default."""
+        chosen = action.choices is not None or action.metavar in MAY_BE_EMPTY
+        if "" in arg_strings and not chosen:
+            way = "leave the option out" if action.option_strings else "leave it out"
+            raise argparse.ArgumentError(action, f"is empty (a shell variable that is not set?); give a value or {way}")
+        return super()._get_values(action, arg_strings)  # type: ignore[misc]
 
     def _check_value(self, action: argparse.Action, value: object) -> None:
         """argparse's own check of a value against its choices, with a hint at the nearest legal one."""

@@ -219,6 +219,35 @@ def test_near_misses_get_a_hint(words: list[str], says: str, capsys: pytest.Capt
     assert says in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["train", "--backend", "pt", "--config", "telechat2-tiny", "--resume", ""], "--resume: is empty"),
+        (["train", "--backend", "pt", "--config", "telechat2-tiny", "--out="], "--out: is empty"),
+        (["train", "--backend", "pt", "--config", "telechat2-tiny", "--set", "train.steps=1", ""], "--set: is empty"),
+        (["train", "--backend", "pt", "--config", ""], "--config: is empty"),
+        (["data", "", "--tokenizer", "t", "--out", "o"], "argument INPUT: is empty"),
+        (["serve", "--backend", "pt", "--checkpoint", "x", "--api-key", ""], "--api-key: is empty"),
+        (["plot", ""], "argument RUN: is empty"),
+        (["merge", "a", "", "c"], "argument ADAPTER: is empty"),
+        (["eval", "bpb", "--backend", "pt", "--checkpoint", "", "--domain", "a=b"], "--checkpoint: is empty"),
+        (["plan", "--model", ""], "--model: is empty"),
+    ],
+)
+def test_an_empty_word_is_no_path(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`--resume "$RUN"` with a variable that is not set must not begin a new run."""
+    assert cli.main(words) == 2
+    err = capsys.readouterr().err
+    assert says + " (a shell variable that is not set?); give a value or leave" in err and err.count("\n") == 1
+
+
+def test_an_empty_text_is_a_text() -> None:
+    generate = cli.Parser(prog="p", description="")
+    cli.command_module("generate").add_arguments(generate)
+    parsed = generate.parse_args(["--backend", "pt", "--checkpoint", "x", "--prompt", ""])
+    assert parsed.prompt in ("", [""])
+
+
 def test_no_option_replaces_an_earlier_one() -> None:
     """Of all verbs and their actions: an option with one value refuses a second one."""
     parsers, checked = [cli.command_module("completion").whole_parser()], 0
