@@ -158,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     global _supervised
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--status-dir", type=Path, required=True)
-    parser.add_argument("--output-file", help="file for stdout and stderr; {rank} is replaced (default: inherited)")
+    parser.add_argument("--output-file", help="file for stdout and stderr, with {rank} in its name; default: inherited")
     parser.add_argument("--terminal", action="store_true", help="rank 0's output is shown on a terminal")
     parser.add_argument("--lifeline", action="store_true", help="stdin is a pipe that closes when the launcher ends")
     parser.add_argument("--no-scheduler", action="store_true", help="exit at once as msrun's scheduler: node 0 runs it")
@@ -177,7 +177,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0 if options.no_scheduler else _serve_as_scheduler(options.status_dir)
     rank = int(os.environ.get("RANK_ID") or os.environ.get("RANK") or 0)
     if options.output_file:
-        _redirect(options.output_file.format(rank=rank))
+        file = Path(options.output_file)
+        _redirect(file.with_name(file.name.replace("{rank}", str(rank))))  # the folder's name may hold anything
     escape_unencodable()
     if options.terminal and rank == 0:
         _pretend_terminal()
@@ -246,7 +247,7 @@ def _own_traceback(error: BaseException) -> str:
     return "".join(traceback.format_exception(type(error), error, frame))
 
 
-def _redirect(path: str) -> None:
+def _redirect(path: Path) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

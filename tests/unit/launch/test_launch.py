@@ -308,6 +308,19 @@ def test_worker_records_failure(tmp_path: Path, text: str, code: int, message: s
     assert record["user_error"] is user_error
 
 
+def test_a_workers_folder_may_have_braces_in_its_name(tmp_path: Path) -> None:
+    """As that of a sweep: `--out 'runs/lr{1e-4}'`."""
+    folder = tmp_path / "lr{1e-4} {rank} 学习率"
+    folder.mkdir()
+    script = tmp_path / "script.py"
+    script.write_text("print('hello')")
+    options = ["--status-dir", str(folder), "--output-file", str(folder / "worker_{rank}.log")]
+    command = [sys.executable, WORKER, *options, str(script)]
+    done = subprocess.run(command, env={**os.environ, "RANK": "3"}, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert (folder / "worker_3.log").read_text() == "hello\n"
+
+
 def test_worker_keeps_only_the_scripts_own_frames(tmp_path: Path) -> None:
     done, record = run_worker(tmp_path, "def f():\n    raise ValueError('x')\nf()\n")
     assert record["traceback"] == done.stderr
