@@ -36,6 +36,8 @@ def open_model(path: str | Path, verify: bool = True) -> ModelSource:
     path = standing(Path(path))
     if (path / "config.json").is_file():
         return HfSource(HfFolder(path, verify))
+    if path.is_file():
+        raise UserError(f"{path}: is a file; give the folder of a model or of a checkpoint, e.g. {path.parent}")
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; expected a released model or a checkpoint{near_path(path)}")
     if (path / "adapter_config.json").is_file():

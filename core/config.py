@@ -300,7 +300,7 @@ def bundled_file(spec: str | Path, kind: str, where: str) -> Path:
     names = bundled_names(kind)
     if str(spec) not in names:
         near = nearest_name(str(spec), names)
-        hint = (f"did you mean '{near}'? " if near else "") + f"There are: {', '.join(names)}; or give a YAML file"
+        hint = (f"did you mean '{near}'? There" if near else "there") + f" are: {', '.join(names)}; or give a YAML file"
         raise UserError(f"{where}: no file and no bundled config '{spec}'; {hint}")
     return CONFIGS / kind / f"{spec}.yaml"
 

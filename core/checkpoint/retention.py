@@ -38,6 +38,13 @@ def saved_step(root: Path) -> int:
     return int(name.removeprefix("step-"))
 
 
+def latest_save(root: Path) -> tuple[int, int]:
+    """The step of a run's latest checkpoint and the number of its save, which tells a step that was saved again from
+    the one before; zeros without a checkpoint. UserError as saved_step."""
+    step = saved_step(root)
+    return step, save_number(root / f"step-{step:08d}") if step else 0
+
+
 def save_number(folder: Path) -> int:
     """Number of a checkpoint's save in its run, from 1; 0 in manifests without one, and for unreadable manifests."""
     try:

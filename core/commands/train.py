@@ -83,9 +83,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--nproc", type=int, metavar="N", help="processes on this machine (default: as many as the layout needs)"
     )
-    parser.add_argument(
-        "--nnodes", type=int, default=1, metavar="N", help="machines of --nproc processes each (default 1)"
-    )
+    parser.add_argument("--nnodes", type=int, metavar="N", help="machines of --nproc processes each (default 1)")
     parser.add_argument("--node-rank", type=int, default=0, metavar="N", help="which of them this is, from 0")
     parser.add_argument("--master", metavar="HOST:PORT", help="node 0, as the others reach it")
     parser.add_argument(
@@ -106,12 +104,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from telechat_twins.convert.initial import open_initial
-    from telechat_twins.core.checkpoint.retention import saved_step
+    from telechat_twins.core.checkpoint.retention import latest_save
     from telechat_twins.core.config import load_run_config, naming_lines
     from telechat_twins.core.data.blend import open_blend
     from telechat_twins.core.data.vocabulary import fit_run
     from telechat_twins.core.launch.command import check_nodes, node_logs
-    from telechat_twins.core.launch.launcher import COLLECTIVE_TIMEOUT_S, launch
+    from telechat_twins.core.launch.launcher import launch
     from telechat_twins.core.launch.restarts import launch_with_restarts
     from telechat_twins.core.launch.run_lock import RELEASE_WAIT_S, require_free
     from telechat_twins.core.launch.worker import STOPPED
@@ -120,8 +118,7 @@ def run(args: argparse.Namespace) -> int:
     from telechat_twins.core.train.track.open import require_trackers
     from telechat_twins.core.train.watch.peak import peak_flops
 
-    if args.restarts < 0:
-        raise UserError(f"--restarts: must be 0 or more, found {args.restarts}")
+    timeout = _checked(args)
     if args.growth is not None:
         from telechat_twins.core.commands import train_growth
 
@@ -132,9 +129,6 @@ def run(args: argparse.Namespace) -> int:
     config = load_run_config(args.config, overrides, lambda init: model_of_run(init, out, args.resume, open_initial))
     nproc = _share(config.parallel, args.nnodes) if args.nproc is None else args.nproc
     check_nodes(nproc, args.nnodes, args.node_rank, args.master)
-    timeout = COLLECTIVE_TIMEOUT_S if args.timeout is None else args.timeout
-    if not (math.isfinite(timeout) and timeout >= 0):
-        raise UserError(f"--timeout: must be 0 (never) or a number of seconds above it, found {timeout:g}")
     # A launcher takes seconds to start; what can be refused is refused before that.
     with naming_lines(args.config, overrides):
         check_stages(config, nproc * args.nnodes)
@@ -160,9 +154,24 @@ def run(args: argparse.Namespace) -> int:
 
     logs = node_logs(out / "logs", args.node_rank)
     try:
-        return launch_with_restarts(start, args.restarts, args.resume, logs, lambda: saved_step(out))
+        return launch_with_restarts(start, args.restarts, args.resume, logs, lambda: latest_save(out))
     except OSError as error:
         raise UserError(f"--out: cannot write to {out} ({error.strerror})") from None
+
+
+def _checked(args: argparse.Namespace) -> float:
+    """The seconds of ``--timeout``. UserError for numbers that no run can have; ``--nnodes`` gets its default."""
+    from telechat_twins.core.launch.launcher import COLLECTIVE_TIMEOUT_S
+
+    if args.restarts < 0:
+        raise UserError(f"--restarts: must be 0 or more, found {args.restarts}")
+    if args.master is not None and args.nnodes is None:
+        raise UserError("--master: belongs to a job on several machines; give --nnodes too, or leave it out")
+    args.nnodes = 1 if args.nnodes is None else args.nnodes
+    timeout = COLLECTIVE_TIMEOUT_S if args.timeout is None else args.timeout
+    if not (math.isfinite(timeout) and timeout >= 0):
+        raise UserError(f"--timeout: must be 0 (never) or a number of seconds above it, found {timeout:g}")
+    return timeout
 
 
 def _check_out(out: Path, init: str | None) -> None:

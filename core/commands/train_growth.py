@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from telechat_twins.core.checkpoint.retention import saved_step
+from telechat_twins.core.checkpoint.retention import latest_save, saved_step
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import write_text
 from telechat_twins.core.launch.run_lock import NAME, RELEASE_WAIT_S, hold_folder, require_free
@@ -36,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """Train all unfinished stages. Returns 0, or the launcher's code of the first that fails or is interrupted."""
     from telechat_twins.convert.growth.schedule import load_schedule
     from telechat_twins.core.data.blend import open_blend
+    from telechat_twins.core.launch.command import check_nodes
     from telechat_twins.core.parallel.layout import check_layout
     from telechat_twins.core.train.start import init_override
 
@@ -47,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.resume not in (None, "auto"):
         raise UserError("--resume: must be 'auto' with --growth, which continues the run in --out")
+    check_nodes(1, args.nnodes, args.node_rank, args.master)
     stages = load_schedule(args.growth, args.config, [*args.set, *init_override(args.init)])
     for stage in stages:
         config = stage.config
@@ -135,7 +137,7 @@ def _train(stages: Sequence[Stage], number: int, out: Path, args: argparse.Names
         args.restarts,
         "auto" if begun or stage.plan is None else str(grown),
         node_logs(logs, args.node_rank),
-        lambda: saved_step(run),
+        lambda: latest_save(run),
     )
 
 

@@ -20,14 +20,16 @@ from telechat_twins.core.launch.worker import STOPPED
 ATTEMPT = "TELE_ATTEMPT"  # in the environment of the ranks: restarts before this start
 FINAL = (0, 2, STOPPED, 130)  # exit codes after which nothing is started again
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 2.0, 300.0
+BEGINNING = "the beginning, since there is no checkpoint"
 
 
 @dataclass(frozen=True)
 class Restarts:
     """Policy: at most ``count`` starts after the first, with a pause before each that doubles.
 
-    ``progress``: the step of the run's latest checkpoint. A start that saved a later one sets the pause back, but not
-    the count: a machine that dies every hour needs a person, not a loop.
+    ``progress``: the step of the latest checkpoint that the run can go on from, 0 while that is what it began with,
+    ``origin``. A start that saved a later one sets the pause back, but not the count: a machine that dies every hour
+    needs a person, not a loop.
     """
 
     count: int
@@ -35,6 +37,7 @@ class Restarts:
     first_pause_s: float = FIRST_PAUSE_S
     say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True)
     sleep: Callable[[float], None] = time.sleep
+    origin: str = BEGINNING
 
     def run(self, start: Callable[[int], int]) -> int:
         """``start(attempt)`` until it ends with a final code or ``count`` is used up; its last code.
@@ -51,10 +54,10 @@ class Restarts:
                 break
             if now > reached:
                 pause, reached = self.first_pause_s, now
-            where = f"from the checkpoint of step {now}" if now else "from the beginning, since there is no checkpoint"
+            where = f"the checkpoint of step {now}" if now else self.origin
             self.say(
-                f"tele: restart {attempt + 1} of {self.count} in {pause:.0f} s, {where} (the launch ended with code "
-                f"{code})"
+                f"tele: restart {attempt + 1} of {self.count} in {pause:.0f} s, from {where} (the launch ended with "
+                f"code {code})"
             )
             try:
                 self.sleep(pause)
@@ -67,23 +70,36 @@ class Restarts:
 
 
 def launch_with_restarts(
-    start: Callable[[str | None], int], count: int, resume: str | None, logs: Path, saved_step: Callable[[], int]
+    start: Callable[[str | None], int],
+    count: int,
+    resume: str | None,
+    logs: Path,
+    latest_save: Callable[[], tuple[int, int]],
 ) -> int:
     """``start(resume)``, and after each death again, up to ``count`` times; the exit code for the user.
 
-    resume: of the first start, None, "auto" or a folder. Later ones go on from the run's own latest checkpoint; as long
-    as it has none, from the folder. ``logs``: this node's, of which each start keeps its own.
+    resume: of the first start, None, "auto" or a folder. Later ones go on from the run's own latest checkpoint; from
+    the folder as long as none has been saved since: what the run's folder held before may lie beyond the step that it
+    was put back to. ``latest_save``: core.checkpoint.retention.latest_save of the run. ``logs``: this node's, of which
+    each start keeps its own.
     """
+    folder = None if resume in (None, "auto") else resume
+    before = latest_save()
+
+    def progress() -> int:
+        now = latest_save()
+        return 0 if folder is not None and now == before else now[0]
 
     def attempt_once(attempt: int) -> int:
         os.environ[ATTEMPT] = str(attempt)
         if attempt == 0:
             return start(resume)
         set_aside(logs, attempt - 1)
-        return start(resume if resume is not None and not saved_step() else "auto")
+        return start(folder if folder is not None and not progress() else "auto")
 
+    policy = Restarts(count, progress, FIRST_PAUSE_S, origin=BEGINNING if folder is None else folder)
     try:
-        code = Restarts(count, saved_step, FIRST_PAUSE_S).run(attempt_once)
+        code = policy.run(attempt_once)
     finally:
         os.environ.pop(ATTEMPT, None)
     return 1 if code == STOPPED else code

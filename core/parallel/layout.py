@@ -271,6 +271,8 @@ def _hint(part: str, name: str, size: str) -> str:
         return "'single' cannot be combined with other parts"
     if name in _SIZED:
         return f"did you mean '{name}2'?"
+    if part != part.lower():
+        return f"did you mean '{part.lower()}'?"
     parts = re.findall(r"[a-z]+[0-9]*", part)
     if len(parts) > 1 and all(one.rstrip("0123456789") in (*_SIZED, *_WORDS) for one in parts):
         return f"parts are joined by dots; did you mean '{'.'.join(parts)}'?"

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from types import FrameType
 
 from telechat_twins.core.config import RunConfig
+from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.masks import describe as describe_growth
 from telechat_twins.core.model.params import count_parameters
 from telechat_twins.core.parallel.schedule import bubble_formula
@@ -83,10 +84,9 @@ class Records:
         self._plot.close()
         self._console.close()
         self._log.close()
-        rows = read_metrics(self._out)
-        # A picture that does not fit on the disk must not hide why training ended.
-        with contextlib.suppress(OSError):
-            if rows:
+        # A picture that does not fit on the disk, or a file that was taken away, must not hide why training ended.
+        with contextlib.suppress(OSError, UserError):
+            if rows := read_metrics(self._out):
                 plot_losses({self._out.name: rows}, self._out / "loss.png", f"Training: {self._out.name}", self._marks)
 
 

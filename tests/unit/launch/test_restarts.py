@@ -31,12 +31,30 @@ def test_ctrl_c_in_the_pause_ends_it() -> None:
 
 
 @pytest.mark.parametrize(
-    ("resume", "saved", "then"), [(None, 0, "auto"), ("auto", 0, "auto"), ("other", 0, "other"), ("other", 2, "auto")]
+    ("resume", "before", "after", "then", "says"),
+    [
+        (None, (0, 0), (0, 0), "auto", "from the beginning, since there is no checkpoint"),
+        ("auto", (0, 0), (0, 0), "auto", "from the beginning, since there is no checkpoint"),
+        ("auto", (7, 3), (7, 3), "auto", "from the checkpoint of step 7"),
+        ("other", (0, 0), (0, 0), "other", "from other"),
+        ("other", (0, 0), (2, 1), "auto", "from the checkpoint of step 2"),
+        # Put back to a step of its own: the later one that it held before is not gone on from.
+        ("run/step-00000050", (100, 9), (100, 9), "run/step-00000050", "from run/step-00000050"),
+        ("run/step-00000050", (100, 9), (60, 10), "auto", "from the checkpoint of step 60"),
+        ("run/step-00000050", (100, 9), (100, 11), "auto", "from the checkpoint of step 100"),
+    ],
 )
 def test_where_a_restart_goes_on(
-    resume: str | None, saved: int, then: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    resume: str | None,
+    before: tuple[int, int],
+    after: tuple[int, int],
+    then: str,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """From the run's own checkpoint once it has one; before that, from what the first start was given."""
+    """From the run's own checkpoint once it has saved one; before that, from what the first start was given."""
     monkeypatch.setattr(restarts, "FIRST_PAUSE_S", 0.01)
     given: list[str | None] = []
 
@@ -44,5 +62,6 @@ def test_where_a_restart_goes_on(
         given.append(resume)
         return 1 if len(given) == 1 else 0
 
-    assert launch_with_restarts(start, 1, resume, tmp_path / "logs", lambda: saved) == 0
+    assert launch_with_restarts(start, 1, resume, tmp_path / "logs", lambda: after if given else before) == 0
     assert given == [resume, then]
+    assert f", {says} (the launch ended with code 1)" in capsys.readouterr().err

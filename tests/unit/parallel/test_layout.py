@@ -94,6 +94,7 @@ def test_text_and_layout(text, fields, name):
     ("text", "words"),
     [
         ("tq2", "unknown part 'tq2'; did you mean 'tp2'?"),
+        ("TP2", "unknown part 'TP2'; did you mean 'tp2'?"),
         ("tp", "did you mean 'tp2'?"),
         ("ulyses4", "did you mean 'ulysses4'?"),
         ("gpipe2", "did you mean 'gpipe'?"),
