@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from telechat_twins.core.near import nearest_name
 from telechat_twins.core.schema import from_mapping, in_file, load_yaml, option
 
 MACHINES = CONFIGS / "machines"
+_CHIP = re.compile(r"[a-z]+|[0-9]+[a-z]?[0-9]*")  # parts of a chip's name: ascend, 910b3
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "shift", "send")
 
 
@@ -144,6 +146,17 @@ def machine_names() -> list[str]:
     return sorted(path.stem for path in MACHINES.glob("*.yaml"))
 
 
+def _with_chip(word: str) -> str | None:
+    """The bundled machine whose title has what ``word`` says, e.g. its chip: "ascend910b"; None if not exactly one."""
+    words = _CHIP.findall(word.lower())
+    having = []
+    for name in machine_names():
+        parts = _CHIP.findall(str(load_yaml(MACHINES / f"{name}.yaml").get("title")).lower())
+        if words and all(any(part.startswith(one) or one.startswith(part) for part in parts) for one in words):
+            having.append(name)
+    return having[0] if len(having) == 1 else None
+
+
 def load_machine(name_or_path: str) -> Machine:
     """The machine of a bundled name (``atlas-800t-a2``) or of a YAML file of that form.
 
@@ -152,7 +165,7 @@ def load_machine(name_or_path: str) -> Machine:
     path = Path(name_or_path)
     if path.suffix not in (".yaml", ".yml"):
         if name_or_path not in machine_names():
-            near = nearest_name(name_or_path, machine_names(), cutoff=0.4)
+            near = nearest_name(name_or_path, machine_names(), cutoff=0.4) or _with_chip(name_or_path)
             hint = f"did you mean '{near}'?" if near else f"there are: {', '.join(machine_names())}."
             raise UserError(f"--machine: no machine '{name_or_path}'; {hint} A file's name ends in .yaml")
         path = MACHINES / f"{name_or_path}.yaml"

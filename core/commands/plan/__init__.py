@@ -49,7 +49,7 @@ examples:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EPILOG
     what = parser.add_mutually_exclusive_group(required=True)
-    what.add_argument("--model", metavar="PRESET", help="a preset, e.g. telechat2-7b")
+    what.add_argument("--model", metavar="PRESET", help="a preset, e.g. telechat2-7b, or the folder of a model")
     what.add_argument(
         "--config", metavar="F", help="YAML or name of a run, whose model, layout, lengths and precision are used"
     )

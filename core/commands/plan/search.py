@@ -26,8 +26,8 @@ _OF_SERVING = ("prompt_len", "answer_len", "quantize")
 
 def run(args: argparse.Namespace) -> int:
     """Search, and print the result; 1 when nothing fits."""
+    from telechat_twins.core.commands.plan.training import model_of, named_model
     from telechat_twins.core.config import load_run_config
-    from telechat_twins.core.model.config import load_model_config
     from telechat_twins.core.planner.machine import load_machine
     from telechat_twins.core.planner.search import report
     from telechat_twins.core.planner.search.best import search
@@ -40,10 +40,10 @@ def run(args: argparse.Namespace) -> int:
             f"--machine {machine.name}: memory is {machine.memory.value:g} GiB, of which communicators, kernels and "
             f"driver take {RESERVE_GIB:g}; give --memory with what a plan may use"
         )
-    config = None if args.config is None else load_run_config(args.config)
+    config = None if args.config is None else load_run_config(args.config, model_of=model_of)
     if config is not None:
         require_forecast(args.config, config.lora, config.train.freeze, config.preference)
-    model = load_model_config(args.model, "--model") if config is None else config.model
+    model = named_model(args.model) if config is None else config.model
     name = args.model or args.config
     if args.target is not None:
         return _serve(args, model, machine, name)

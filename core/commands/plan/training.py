@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 
 from telechat_twins.core.config import RunConfig, load_run_config
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.model.config import ModelConfig, load_model_config
+from telechat_twins.core.files.foreign import load_json
+from telechat_twins.core.model.config import ModelConfig, load_model_config, preset_names
 from telechat_twins.core.model.flops import flops_per_token
 from telechat_twins.core.parallel.layout import Layout, check_layout, parse_layout, stage_layers
 from telechat_twins.core.planner.beside import beside, whole_logits, with_reference
@@ -42,9 +43,9 @@ class Given:
                     "--recompute-lists: gives memory, and no time; leave --machine out, or give --recompute"
                 )
         if args.config:
-            run_config = load_run_config(args.config, model_of=_model_of)
+            run_config = load_run_config(args.config, model_of=model_of)
             return cls(run_config, run_config.model, run_config.parallel)
-        return cls(None, load_model_config(args.model, "--model"), Layout())
+        return cls(None, named_model(args.model), Layout())
 
     def settings(self, args: argparse.Namespace, layout: Layout) -> JsonObject:
         """What memory and time depend on in ``layout``. A run's step has its global batch in every layout, as in `tele
@@ -189,7 +190,23 @@ def _settings(config: RunConfig) -> JsonObject:
     }
 
 
-def _model_of(init: str) -> ModelConfig | None:
+def named_model(spec: str) -> ModelConfig:
+    """The model of ``--model``: of a preset, a YAML file, or a folder with a released model or a checkpoint. A release
+    needs no more than its config.json."""
+    folder = Path(spec)
+    if spec in preset_names() or not folder.is_dir():
+        return load_model_config(spec, "--model")
+    if (folder / "config.json").is_file():
+        from telechat_twins.convert.hf.config import read_config
+
+        file = folder / "config.json"
+        return read_config(load_json(file, "a model's configuration"), str(file))[0]
+    from telechat_twins.convert.source import open_model
+
+    return open_model(folder, verify=False).config
+
+
+def model_of(init: str) -> ModelConfig | None:
     """The model of ``train.init``; None where that is not on this machine and `model:` has to name it all."""
     from telechat_twins.convert.initial import open_initial
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from telechat_twins.convert.hf.config import dump_config, write_config
 from telechat_twins.core import cli
+from telechat_twins.core.checkpoint.read import whole, write_checkpoint
 from telechat_twins.core.config import load_run_config
 from telechat_twins.core.model.config import CONFIGS, load_model_config
 from telechat_twins.core.model.lora import LoraConfig
@@ -167,6 +170,35 @@ def test_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "did you mean" in capsys.readouterr().err
     assert cli.main(["plan", "--model", "telechat2-7b", "--seq-len", "-1"]) == 2
     assert cli.main(["plan", "--model", "telechat2-7b", "--seq-len", "0"]) == 2
+
+
+def test_the_model_of_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A release of which only config.json has been fetched, and a checkpoint; a preset's name stays a preset."""
+    released, checkpoint = tmp_path / "released", tmp_path / "checkpoint"
+    released.mkdir()
+    config = write_config(load_model_config("telechat2-7b"), None, "bfloat16")
+    (released / "config.json").write_text(dump_config(config))
+    tiny = load_model_config("telechat2-tiny")
+    weights = (whole(name, np.zeros(spec.shape, np.float32)) for name, spec in parameter_table(tiny).items())
+    write_checkpoint(checkpoint, 1, model={"config": tiny.to_dict()}, weights=weights)
+    for folder, preset in ((released, "telechat2-7b"), (checkpoint, "telechat2-tiny")):
+        found = []
+        for model in (str(folder), preset):
+            words = ["--model", model, "--seq-len", "64", "--layout", "tp2", "--json"]
+            assert cli.main(["plan", *words]) == 0
+            found.append(json.loads(capsys.readouterr().out))
+        assert found[0]["memory_bytes"] == found[1]["memory_bytes"]
+    words = ["plan", "--search", "--machine", "h200-sxm", "--devices", "1", "--global-batch", "8", "--json"]
+    assert cli.main([*words, "--model", str(checkpoint)]) == 0
+    (tmp_path / "empty").mkdir()
+    assert cli.main(["plan", "--model", str(tmp_path / "empty")]) == 2
+    assert "no model found; a released folder has config.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["ascend-910b", "Ascend910B3", "910b"])
+def test_a_chip_in_place_of_its_machine(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["plan", "--model", "telechat2-7b", "--machine", word]) == 2
+    assert f"no machine '{word}'; did you mean 'atlas-800t-a2'?" in capsys.readouterr().err
 
 
 RUN = """
