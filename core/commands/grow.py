@@ -123,6 +123,10 @@ def run(args: argparse.Namespace) -> int:
 
     _refuse_release(args.source)
     checkpoint = open_checkpoint(args.source, verify=False)
+    if "adapter" in checkpoint.model:
+        raise UserError(
+            f"{checkpoint.path}: is an adapter, not a model; grow its base, merged with it if you like (tele merge)"
+        )
     plan = plan_checkpoint(checkpoint, _target(args, checkpoint_config(checkpoint)), options)
     total = sum(grown_bytes(checkpoint, plan))
     print(describe(plan))

@@ -21,7 +21,7 @@ import telechat_twins.convert.growth.weights
 from telechat_twins.convert.growth.files import grow_checkpoint, plan_checkpoint
 from telechat_twins.convert.growth.gradients import old_entries
 from telechat_twins.convert.growth.plan import GrowthPlan, Options
-from telechat_twins.core.checkpoint.read import Checkpoint, TensorPiece, open_checkpoint, write_checkpoint
+from telechat_twins.core.checkpoint.read import Checkpoint, TensorPiece, open_checkpoint, whole, write_checkpoint
 from telechat_twins.core.cli import main
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import show_bytes
@@ -254,6 +254,10 @@ def test_places_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str
     (released / "config.json").write_text(json.dumps({}))
     assert main(["grow", str(released), str(tmp_path / "b"), "--set", "hidden_size=40"]) == 2
     assert "must be a canonical checkpoint, found a released folder" in capsys.readouterr().err
+    adapter = {"config": TINY.to_dict(), "adapter": {"rank": 4}}
+    write_checkpoint(tmp_path / "adapter", 1, model=adapter, weights=[whole("lora", np.zeros(2, np.float32))])
+    assert main(["grow", str(tmp_path / "adapter"), str(tmp_path / "b"), "--set", "hidden_size=40"]) == 2
+    assert "adapter: is an adapter, not a model; grow its base" in capsys.readouterr().err
 
 
 def test_a_damaged_source_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
