@@ -81,20 +81,27 @@ def plan_stages(config: RunConfig) -> list[Stage]:
 
 
 def check_stages(config: RunConfig, world: int | None = None) -> None:
-    """core.parallel.layout.check_layout for every stage; UserError names the stage."""
+    """core.parallel.layout.check_layout for every stage; UserError names the stage. With held-out text also for the
+    run's own batch, in which that is evaluated whatever the stages' are."""
     stages = plan_stages(config)
-    for stage in stages:
+    batches = [
+        (f"train.stages[{stage.number - 1}]: " if len(stages) > 1 else "", stage.global_batch, stage.micro_batch)
+        + (stage.data.seq_len,)
+        for stage in stages
+    ]
+    if config.eval is not None and config.eval.sources:
+        batches.append(("", config.train.global_batch, config.train.micro_batch, config.data.seq_len))
+    for where, global_batch, micro_batch, seq_len in batches:
         try:
             check_layout(
                 config.parallel,
                 config.model,
                 world=world,
-                global_batch=stage.global_batch,
-                micro_batch=stage.micro_batch,
-                seq_len=stage.data.seq_len,
+                global_batch=global_batch,
+                micro_batch=micro_batch,
+                seq_len=seq_len,
             )
         except UserError as error:
-            where = f"train.stages[{stage.number - 1}]: " if len(stages) > 1 else ""
             raise UserError(f"{where}{error}") from None
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from telechat_twins.core.config import load_run_config
+from telechat_twins.core.config import load_run_config, run_config_from_dict
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.train.stages import check_stages, marks, plan_stages, samples_at, stage_of
 from tests.support.numpy_stepper import run_config
@@ -59,6 +59,15 @@ def test_every_stage_is_held_against_the_layout() -> None:
     config = staged([{"steps": 3}, {"steps": 3, "global_batch": 6}], parallel={"dp": 2})
     with pytest.raises(UserError, match=r"train.stages\[1\]: "):
         check_stages(config)
+
+
+def test_held_out_text_is_held_against_the_layout_in_the_runs_own_batch() -> None:
+    """It is evaluated in batches of train.global_batch rows, of which dp 2 would leave out every second."""
+    stages = [{"steps": 3, "global_batch": 4}, {"steps": 3, "global_batch": 8}]
+    given = run_config(train={"global_batch": 2, "micro_batch": 2, "stages": stages}, parallel={"dp": 2}).to_dict()
+    check_stages(run_config_from_dict(given))  # nobody uses the run's own batch
+    with pytest.raises(UserError, match=r"^train.global_batch: 2 is not a multiple of dp 2 x micro_batch 2"):
+        check_stages(run_config_from_dict(given | {"eval": {"sources": [{"path": "held"}]}}))
 
 
 def test_paths_of_a_stage_count_from_the_file(tmp_path: Path) -> None:
