@@ -28,6 +28,7 @@ from telechat_twins.core.train.start import (
 )
 from telechat_twins.core.train.stepper import Stepper, StepRecorder, TrainState
 from telechat_twins.core.train.watch.meter import Meter
+from telechat_twins.core.train.watch.profile import passed_note
 from telechat_twins.core.types import JsonObject
 
 
@@ -87,6 +88,7 @@ class Run:
             self.loss_scale = DynamicLossScale.from_dict(trainer["loss_scale"])
         require_same_samples(self.stages, self.state)
         self.notes += describe_resumption(checkpoint, self.config, self.history, self.digest())
+        self.notes += passed_note(self.config, self.state.step)
         if checkpoint.path.resolve().parent == self.out.resolve():
             self.saver.last = checkpoint.path
             self.held_out.mark_again(self.out, self.stepper.rank)

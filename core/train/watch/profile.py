@@ -33,6 +33,14 @@ def check_profile(config: RunConfig) -> None:
         )
 
 
+def passed_note(config: RunConfig, done: int) -> list[str]:
+    """A line for a run that goes on after ``done`` steps, past the first one of ``train.profile``."""
+    given = config.train.profile
+    if given is None or given.from_ > done:
+        return []
+    return [f"note: train.profile.from: step {given.from_} was made before this start, so nothing is profiled"]
+
+
 def open_profile(config: RunConfig, out: Path, stepper: Stepper) -> list[Hook]:
     """The hook of ``train.profile``; none where it is not set."""
     given = config.train.profile

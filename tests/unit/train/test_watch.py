@@ -121,10 +121,12 @@ def test_what_only_observes_is_no_change_of_a_run(tmp_path, capsys):
     loop.train(NumpyStepper, run_config(**changes), tmp_path, resume="auto")
     shown = capsys.readouterr().err
     assert "profiled steps 3 to 3" not in shown and "train.profile" not in shown and "track" not in shown
-    with pytest.raises(UserError, match="train.profile.from: 9 is after the last step, 4"):
+    loop.train(NumpyStepper, run_config(**changes | {"train__steps": 4}), tmp_path, resume="auto")
+    assert "train.profile.from: step 3 was made before this start, so nothing is profiled" in capsys.readouterr().err
+    with pytest.raises(UserError, match="train.profile.from: 9 is after the last step, 5"):
         loop.train(
             lambda config: pytest.fail("the model is built before the refusal"),
-            run_config(train__steps=4, optim__warmup_steps=1, train__profile={"from": 9}),
+            run_config(train__steps=5, optim__warmup_steps=1, train__profile={"from": 9}),
             tmp_path,
             resume="auto",
         )
