@@ -231,8 +231,16 @@ def _yaml(value: object) -> str:
 
 def _share(layout: Layout, nnodes: int) -> int:
     """Processes of one of ``nnodes`` machines; UserError when they cannot hold equal shares of the layout."""
+    from telechat_twins.core.launch.command import MAX_PROCESSES
+
+    share = layout.world // max(nnodes, 1)
+    if share > MAX_PROCESSES:
+        raise UserError(
+            f"--nnodes: the {layout.world} ranks of layout {layout.name} need several machines, e.g. --nnodes "
+            f"{-(-layout.world // 8)} of 8 devices each; or give a smaller layout, e.g. --layout single"
+        )
     if nnodes < 1 or layout.world % nnodes == 0:
-        return layout.world // max(nnodes, 1)
+        return share
     fitting = max(n for n in range(1, nnodes) if layout.world % n == 0)
     raise UserError(
         f"--nnodes: {nnodes} machines cannot hold equal shares of the {layout.world} ranks of layout {layout.name}; "

@@ -91,6 +91,10 @@ def test_default_folder_is_named_after_config_and_backend(config: Path, launched
             ["--layout", "dp2", "--nnodes", "3"],
             "--nnodes: 3 machines cannot hold equal shares of the 2 ranks of layout",
         ),
+        (
+            ["--set", "parallel.dp=512", "train.global_batch=1024"],
+            "--nnodes: the 512 ranks of layout dp512 need several machines, e.g. --nnodes 64 of 8 devices each",
+        ),
         (["--layout", "dp2", "--nnodes", "2"], "--master: required with --nnodes 2; give HOST:PORT of node 0"),
         (["--layout", "dp2", "--nnodes", "2", "--master", "h"], "--master: expected HOST:PORT with a port from"),
         (["--master", "h:29500"], "--master: belongs to a job on several machines; give --nnodes too, or leave it out"),
