@@ -11,7 +11,7 @@ SHELL := /bin/bash
         campaign-equivalence campaign-memory mutation locate record-trials record-cost relay eval-check ascend-lower gpu-check mindformers-check matrix matrix-ci docs-check plan-check plan-steps plan-monotone plan-table asan lint format lock clean
 
 VENV ?= .venv
-EXTRAS := ms,pt,serve,data,tokenizers,dev
+EXTRAS := ms,pt,serve,data,tokenizers,completion,dev
 # Three for two cores: a launch of several processes often waits, for imports and for its slowest rank. Measured on two
 # cores: 20 minutes in place of 26.
 WORKERS ?= 3
