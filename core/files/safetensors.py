@@ -16,6 +16,7 @@ import itertools
 import json
 import math
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -32,7 +33,7 @@ from telechat_twins.core.files.direct_io import BLOCK, DirectFile, Spool
 from telechat_twins.core.files.foreign import MAX_JSON, open_regular, refuse_stand_in
 from telechat_twins.core.files.foreign import load_json as load_json
 from telechat_twins.core.files.foreign import parse_json as parse_json
-from telechat_twins.core.shown import shown
+from telechat_twins.core.shown import printable, shown
 from telechat_twins.core.types import JsonObject
 
 DTYPES: dict[str, np.dtype] = {
@@ -50,6 +51,8 @@ DTYPES: dict[str, np.dtype] = {
     "U8": np.dtype("u1"),
     "BOOL": np.dtype("?"),
 }
+# Known to the library and not read here: numbers of few bits, which mean nothing without the scales beside them.
+_QUANTIZED = re.compile(r"(F8|F6|F4)(_\w+)?$")
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 
 MAX_HEADER = MAX_JSON  # a third of the library's limit of 100 MB: a parsed header takes up to 28 times its size
@@ -340,6 +343,7 @@ def _parse(prefix: bytes, file: BinaryIO, size: int, path: Path) -> tuple[dict[s
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
             raise ValueError("__metadata__ does not map text to text")
+        _refuse_quantized(header, path)
         infos = {name: _entry_info(name, entry, 8 + length) for name, entry in header.items()}
     except ValueError as error:
         raise UserError(f"{path}: damaged safetensors header ({error})") from None
@@ -354,6 +358,22 @@ def _parse(prefix: bytes, file: BinaryIO, size: int, path: Path) -> tuple[dict[s
         word = "truncated" if position > size else "damaged"
         raise UserError(f"{path}: {word}: the header describes {position} bytes, the file has {size}")
     return ordered, metadata
+
+
+def _refuse_quantized(header: JsonObject, path: Path) -> None:
+    """UserError for tensors of 8-bit floats and narrower ones: intact, but not read."""
+    codes = ((name, entry.get("dtype")) for name, entry in header.items() if isinstance(entry, dict))
+    few = [(name, code) for name, code in codes if isinstance(code, str) and _QUANTIZED.match(code)]
+    if not few:
+        return
+    name, code = few[0]
+    scale = next((f"{name}{end}" for end in ("_scale_inv", "_scale") if f"{name}{end}" in header), None)
+    scales = f"'{printable(scale, 200)}'" if scale else "its scale (names in _scale_inv or _scale)"
+    raise UserError(
+        f"{path}: tensor '{printable(name, 200)}' holds numbers of {code[1]} bits ({code}), as {len(few)} of "
+        f"{len(header)} tensors do, and these are not read; take the model's release in bfloat16, or multiply each by "
+        f"{scales} and save it as bfloat16"
+    )
 
 
 def _entry_info(name: str, entry: object, base: int) -> TensorInfo:

@@ -146,6 +146,19 @@ def test_hostile_header_is_refused(tmp_path, case):
     expect_refused(tmp_path, json.dumps(header).encode(), bytes(size), message)
 
 
+@pytest.mark.parametrize("code", ["F8_E4M3", "F8_E5M2", "F8_E8M0", "F6_E2M3", "F4"])
+def test_numbers_of_few_bits_are_named_with_the_way_out(tmp_path, code):
+    """The file is intact, so nothing says that it is damaged."""
+    header = {"up.weight": entry(dtype=code), "up.weight_scale_inv": entry(offsets=(8, 16))}
+    data = json.dumps(header).encode()
+    (tmp_path / "a.safetensors").write_bytes(struct.pack("<Q", len(data)) + data + bytes(16))
+    with pytest.raises(UserError) as error:
+        SafetensorsFile(tmp_path / "a.safetensors")
+    message = str(error.value)
+    assert f"numbers of {code[1]} bits ({code}), as 1 of 2 tensors do" in message and "damaged" not in message
+    assert "multiply each by 'up.weight_scale_inv' and save it as bfloat16" in message
+
+
 @pytest.mark.parametrize(
     ("header", "message"),
     [
