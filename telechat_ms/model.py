@@ -33,6 +33,7 @@ from telechat_twins.core.model.precision import PRECISION
 from telechat_twins.telechat_ms import autograd, ops
 from telechat_twins.telechat_ms.weights import (
     empty_parameter,
+    kept,
     masked,
     multiplied,
     named_weights,
@@ -387,8 +388,7 @@ def dropped(x: Tensor, dropout: BlockDropout | None, target: str, *layers: Linea
     """x [B, S, n] as the adapters of ``layers``, which all read it, see it in training; None: as it is."""
     if dropout is None or all(layer.lora_a is None for layer in layers):
         return None
-    kept = Tensor(dropout.keep(target)).astype(x.dtype)
-    return multiplied(x, dropout.factor) * kept
+    return kept(x, dropout.factor, Tensor(dropout.keep(target)))
 
 
 def _below(number: str, entries: Mapping[str, T]) -> dict[str, T]:

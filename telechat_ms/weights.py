@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 
 import mindspore as ms
 import numpy as np
-from mindspore import Parameter, Tensor, nn
+from mindspore import Parameter, Tensor, nn, ops
 
 from telechat_twins.core.model.quantize import Int8Matrix
 from telechat_twins.kernels.int8 import Int8
@@ -35,6 +35,14 @@ def multiplied(x: Tensor, factor: float) -> Tensor:
     if x.dtype in (ms.bfloat16, ms.float16):  # a factor in the dtype of x would be rounded before the product is
         return (x.astype(ms.float32) * Tensor(factor, ms.float32)).astype(x.dtype)
     return x * Tensor(factor, x.dtype)
+
+
+def kept(x: Tensor, factor: float, keep: Tensor) -> Tensor:
+    """x * factor where ``keep`` (bool, of x's shape) holds, and 0 elsewhere, also for what is infinite or NaN there.
+    One rounding to the dtype of x, as PyTorch multiplies."""
+    if x.dtype in (ms.bfloat16, ms.float16):
+        return ops.where(keep, x.astype(ms.float32) * Tensor(factor, ms.float32), 0.0).astype(x.dtype)
+    return ops.where(keep, x * Tensor(factor, x.dtype), 0.0)
 
 
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:

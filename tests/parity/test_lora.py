@@ -9,6 +9,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -157,6 +158,55 @@ def test_dropped_masks_of_another_step_turn_it_red(
 ) -> None:
     monkeypatch.setattr(trainers[backend], "step", 1)
     assert worst(computed(trainers[backend](run_config("fp32"))), exact) > 1e-2
+
+
+BEYOND = np.array([1.0, np.inf, -np.inf, np.nan, 60_000.0])  # the last times 4/3 is beyond fp16's largest number
+
+
+@pytest.mark.parametrize("precision", ["fp64", "fp32", "fp16", "bf16"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_what_is_dropped_is_zero_whatever_it_was(backend: str, precision: str) -> None:
+    """Forward and backward: a mask that multiplied would make NaN of what is infinite."""
+    pytest.importorskip({"ms": "mindspore", "pt": "torch"}[backend])
+    drop = {"ms": dropped_in_mindspore, "pt": dropped_in_pytorch}[backend]
+    zeros = np.zeros(BEYOND.size)
+    for keep, x, grad in ((False, BEYOND, BEYOND), (True, np.ones(BEYOND.size), np.full(BEYOND.size, 3.0))):
+        out, dx = drop(np.full((1, 1, BEYOND.size), keep), x[None, None], grad[None, None], precision)
+        limit = {"fp64": 1e-15, "fp32": 1e-7, "fp16": 1e-3, "bf16": 4e-3}[precision]
+        np.testing.assert_allclose(out[0, 0], zeros if not keep else x * 4 / 3, rtol=limit)
+        np.testing.assert_allclose(dx[0, 0], zeros if not keep else grad * 4 / 3, rtol=limit)
+
+
+class Drawn:
+    """A block's dropout with a given mask."""
+
+    factor = 4 / 3
+
+    def __init__(self, keep: np.ndarray):
+        self.keep = lambda target: keep
+
+
+LAYER = SimpleNamespace(lora_a=object())
+
+
+def dropped_in_mindspore(keep: Any, x: np.ndarray, grad: np.ndarray, precision: str) -> tuple[np.ndarray, np.ndarray]:
+    ms, model = pytest.importorskip("mindspore"), backends.load("ms", "model")
+    dtype = {"fp64": ms.float64, "fp32": ms.float32, "fp16": ms.float16, "bf16": ms.bfloat16}[precision]
+    given, back = (ms.Tensor(one.astype(np.float32)).astype(dtype) for one in (x, grad))
+    out = model.dropped(given, Drawn(keep), "q", LAYER)
+    dx = ms.ops.GradOperation(sens_param=True)(lambda v: model.dropped(v, Drawn(keep), "q", LAYER))(given, back)
+    assert out.dtype == dx.dtype == dtype
+    return out.astype(ms.float64).asnumpy(), dx.astype(ms.float64).asnumpy()
+
+
+def dropped_in_pytorch(keep: Any, x: np.ndarray, grad: np.ndarray, precision: str) -> tuple[np.ndarray, np.ndarray]:
+    torch, model = pytest.importorskip("torch"), backends.load("pt", "model")
+    dtype = {"fp64": torch.float64, "fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    given = torch.tensor(x).to(dtype).requires_grad_()
+    out = model.dropped(given, Drawn(keep), "q", LAYER)
+    out.backward(torch.tensor(grad).to(dtype))
+    assert out.dtype == given.grad.dtype == dtype
+    return out.detach().double().numpy(), given.grad.double().numpy()
 
 
 PATTERNS = LoraConfig(
