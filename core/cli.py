@@ -18,7 +18,7 @@ from typing import NoReturn
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files import ROOT
 from telechat_twins.core.launch.signals import signals_as_interrupt
-from telechat_twins.core.near import nearest, option_like
+from telechat_twins.core.near import nearest, number_meant, option_like
 from telechat_twins.core.shown import controls_shown, escape_unencodable, message_line, shown
 
 DISTRIBUTION = "telechat-twins"
@@ -195,6 +195,14 @@ class Parser(argparse.ArgumentParser):
             near = others.get(near, near) if near else None
             hint = f"; did you mean '{near}'?" if near else ""
             raise argparse.ArgumentError(action, refused.message + hint) from None
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> object:
+        """argparse's own conversion of a value, with a hint at how a number is written in digits."""
+        try:
+            return super()._get_value(action, arg_string)  # type: ignore[misc]
+        except argparse.ArgumentError as refused:
+            number = number_meant(arg_string, action.type is int) if action.type in (int, float) else ""
+            raise argparse.ArgumentError(action, refused.message + (f"; write {number}" * bool(number))) from None
 
     def _action(self, args: Sequence[str]) -> Parser | None:
         """The parser of the action that the first word names; None where it names none."""

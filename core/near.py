@@ -1,4 +1,5 @@
-"""Suggestion for a misspelt word: the most similar legal one, or what other programs call differently."""
+"""Suggestion for a misspelt word: the most similar legal one, or what other programs call differently; for a number
+that is not written in digits: how to write it."""
 
 from __future__ import annotations
 
@@ -9,6 +10,7 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
+from fractions import Fraction
 from pathlib import Path
 
 MOST = 1000  # entries of a folder that are looked at
@@ -171,6 +173,34 @@ def option_like(argument: str, known: Sequence[str]) -> str | None:
     if key is not None:
         return "--set " + shlex.quote(key if "=" in key else f"{key}={value or 'VALUE'}")
     return nearest(name, known)
+
+
+_SUFFIXED = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([kKmMgG])(i?)[bB]?")
+_GROUPED = re.compile(r"[0-9]{1,3}(?:[,_' ][0-9]{3}){1,4}")
+_PLAIN = re.compile(r"[0-9]{1,15}(?:\.[0-9]{0,15})?(?:[eE]\+?[0-9]{1,2})?")
+
+
+def number_meant(text: str, whole: bool) -> str:
+    """How to write the number that a text seems to be ("8k", "8,192", "1e5", "10%", "0,1"), for a message: "8192 or
+    8000"; "" where it seems to be none. ``whole``: whether a whole number is wanted."""
+    text = text.strip()
+    sign, bare = (text[0] if text[:1] == "-" else ""), text.lstrip("+-")
+    if found := _SUFFIXED.fullmatch(bare):
+        number, power = Fraction(found[1]), "kmg".index(found[2].lower()) + 1
+        binary, decimal = number * 1024**power, number * 1000**power
+        counts = [binary] if found[3] else [binary, decimal]
+        if number.denominator > 1 or int(number) & int(number) - 1:  # 8k means 8192 more often, 10k 10000
+            counts.reverse()
+        return " or ".join(f"{sign}{int(count)}" for count in counts if count.denominator == 1)
+    if whole and _GROUPED.fullmatch(bare):
+        return sign + re.sub("[^0-9]", "", bare)
+    if whole and _PLAIN.fullmatch(bare) and (number := Fraction(bare)).denominator == 1 and number < 1 << 63:
+        return f"{sign}{int(number)}"
+    if not whole and re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,6})? ?%", bare):
+        return f"{sign}{float(bare.rstrip('% ')) / 100:g}"
+    if not whole and re.fullmatch("[0-9]{1,9},[0-9]{1,9}", bare):
+        return sign + bare.replace(",", ".")
+    return ""
 
 
 def _bare(word: str) -> str:

@@ -21,8 +21,8 @@ import yaml
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MAX_DIGITS, read_text
 from telechat_twins.core.files.yaml_slips import explained, slip
-from telechat_twins.core.near import near_path, nearest
-from telechat_twins.core.shown import shown
+from telechat_twins.core.near import near_path, nearest, number_meant
+from telechat_twins.core.shown import printable, shown
 from telechat_twins.core.types import JsonObject
 
 MAX_YAML = 1 << 17  # bytes; the largest config of a run has a few thousand, and the loader reads 100 KB a second
@@ -362,8 +362,9 @@ def _check(kind: Any, value: Any, path: str, limits: Mapping[str, Any]) -> Any:
         return from_mapping(typing.cast(type, kind), value, path)
     if origin in (list, tuple):
         if not isinstance(value, (list, tuple)):
-            hint = f"; write [{{path: {value}}}]" if path.endswith("sources") and isinstance(value, str) else ""
-            raise UserError(f"{path}: expected a list, found {_found(value)}{hint}")
+            raise UserError(
+                f"{path}: expected a list, found {_found(value)}{_as_list(typing.get_args(kind)[0], value)}"
+            )
         inner = typing.get_args(kind)[0]
         items = [_check(inner, v, f"{path}[{i}]", limits) for i, v in enumerate(value)]
         return tuple(items) if origin is tuple else items
@@ -396,9 +397,20 @@ def _meant(kind: Any, value: object) -> str:
     text = value.strip()
     if (_DECIMAL if kind is int else _FLOAT).match(text) or (kind is float and _DECIMAL.match(text)):
         return "; take the quotes away" if text == value else "; write the number alone"
-    if text.endswith("%") and _DECIMAL.match(text[:-1]) and kind is float:
-        return f"; write {int(text[:-1]) / 100:g}"
+    if number := number_meant(text, kind is int):
+        return f"; write {number}"
     return "; write the number alone, in plain digits" if re.match("[-+]?[0-9.]", text) else ""
+
+
+def _as_list(inner: Any, value: object) -> str:
+    """The end of a message about a value in place of a list of ``inner``: how to write it as one."""
+    if dataclasses.is_dataclass(inner) and isinstance(value, str) and dataclasses.fields(inner)[0].name == "path":
+        return f"; write [{{path: {value}}}]"
+    if inner is str and isinstance(value, str):
+        words = [word for word in re.split(r"[,;\s]+", value) if word]
+        plain = all(re.fullmatch(r"[\w./-]+", word) for word in words)
+        return f"; write [{printable(', '.join(words), 200)}]" if words and plain else ""
+    return f"; write [{value}]" if inner in (int, float) and _is(value, inner) else ""
 
 
 def _plain(kind: Any) -> Any:
