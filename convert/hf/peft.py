@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from telechat_twins.convert.adapter_packing import PackedLinear, Pair, Unpacked, packed_linears, packed_pairs
-from telechat_twins.convert.hf.peft_config import ALL_LINEAR, CONFIG, PeftConfig, read_peft_config
+from telechat_twins.convert.hf.peft_config import ALL_LINEAR, CONFIG, PeftConfig, idle_patterns, read_peft_config
 from telechat_twins.convert.names import bind, hf_prefix
 from telechat_twins.convert.places import require_place
 from telechat_twins.core.checkpoint.adapter import Adapter
@@ -91,7 +91,7 @@ def open_peft(path: str | Path, config: ModelConfig) -> Adapter:
         dropout=settings.dropout,
         base=AdapterBase(path=base if isinstance(base, str) else "", fingerprint=""),
         read=unpacked.read,
-        notes=(*settings.notes, *_layout_note(values, config, where)),
+        notes=(*settings.notes, *idle_patterns(settings, pairs, where), *_layout_note(values, config, where)),
         record=record,
         assets=[folder / CONFIG],
     )

@@ -154,8 +154,8 @@ def _check_keys(values: JsonObject, where: str) -> list[str]:
             "does not fit the released base; save it with PEFT's path_initial_model_for_weight_conversion"
         )
     for name in ("use_rslora", "fan_in_fan_out"):
-        if values.get(name) not in (None, True, False):
-            raise UserError(f"{where}: {name}: expected true or false, found {shown(values[name])}")
+        if (value := values.get(name)) is not None and not isinstance(value, bool):  # PEFT takes 1 for true
+            raise UserError(f"{where}: {name}: expected true or false, found {shown(value)}")
     notes = []
     for name, value in values.items():
         if name in _HARMLESS or name in _HONOURED or name in _REFUSED:
@@ -231,6 +231,19 @@ def _dropout(value: object, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 0.99:
         raise UserError(f"{where}: lora_dropout: must be a share from 0 to 0.99, found {shown(value)}")
     return float(value)
+
+
+def idle_patterns(settings: PeftConfig, modules: Iterable[str], where: str) -> list[str]:
+    """Notes on patterns that no adapted layer among ``modules`` takes its rank or alpha from."""
+    named, notes = list(modules), []
+    for key, patterns in (("rank_pattern", settings.rank_pattern), ("alpha_pattern", settings.alpha_pattern)):
+        used = {_first_match(patterns, module) for module in named}
+        notes += [
+            f"{where}: {key}: {shown(one)} applies to no layer with an adapter, as in PEFT, and changes nothing"
+            for one in patterns
+            if one not in used
+        ]
+    return notes
 
 
 def _named(names: str | Sequence[str], module: str) -> bool:

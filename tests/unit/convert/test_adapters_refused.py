@@ -28,6 +28,8 @@ KEYS: list[tuple[dict[str, Any], str]] = [
     ({"use_qalora": True}, "use_qalora"),
     ({"alora_invocation_tokens": [3]}, "aLoRA acts only after certain tokens"),
     ({"kasa_config": {"beta": 1e-4}}, "kasa_config: .*KaSA takes singular values"),
+    ({"use_rslora": 1}, "use_rslora: expected true or false, found 1"),
+    ({"fan_in_fan_out": 0}, "fan_in_fan_out: expected true or false, found 0"),
     ({"init_lora_weights": "pissa"}, "init_lora_weights: 'pissa' changes the base's weights"),
     ({"init_lora_weights": "pissa_niter_4"}, "path_initial_model_for_weight_conversion"),
     ({"init_lora_weights": "olora"}, "init_lora_weights: 'olora' changes the base"),
@@ -137,6 +139,8 @@ def test_what_is_harmless_passes_and_what_is_assumed_is_noted(folder: Path, tmp_
         assert open_peft(changed(folder, tmp_path, keys), config).notes == ()
     for keys, note in (
         ({"lora_alpha": None}, "lora_alpha is missing: 8, PEFT's default"),
+        ({"alpha_pattern": {"qproj": 3}}, "alpha_pattern: 'qproj' applies to no layer with an adapter"),
+        ({"rank_pattern": {"mlp.*": 3}}, "rank_pattern: 'mlp.*' applies to no layer with an adapter"),
         ({"some_new_flag": None}, "some_new_flag is unknown here, and empty"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out is true, and the model's layers are Linear"),
     ):
