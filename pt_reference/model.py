@@ -34,6 +34,7 @@ from telechat_twins.core.model.precision import PRECISION
 from telechat_twins.pt_reference import ops
 from telechat_twins.pt_reference.weights import (
     empty_parameter,
+    kept,
     masked,
     multiplied,
     named_weights,
@@ -388,8 +389,7 @@ def dropped(x: Tensor, dropout: BlockDropout | None, target: str, *layers: Linea
     """x [B, S, n] as the adapters of ``layers``, which all read it, see it in training; None: as it is."""
     if dropout is None or all(layer.lora_a is None for layer in layers):
         return None
-    keep = torch.from_numpy(dropout.keep(target)).to(x.device)
-    return torch.where(keep, x * dropout.factor, 0.0)
+    return kept(x, dropout.factor, torch.from_numpy(dropout.keep(target)).to(x.device))
 
 
 def _below(number: str, entries: Mapping[str, T]) -> dict[str, T]:

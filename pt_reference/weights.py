@@ -41,6 +41,12 @@ def multiplied(x: Tensor, factor: float) -> Tensor:
     return x if factor == 1.0 else x * factor
 
 
+def kept(x: Tensor, factor: float, keep: Tensor) -> Tensor:
+    """x * factor where ``keep`` (bool, of x's shape) holds, and 0 elsewhere, also for what is infinite or NaN there.
+    One rounding to the dtype of x."""
+    return torch.where(keep, x * factor, 0.0)
+
+
 def masked(x: Tensor, mask: Tensor | None) -> Tensor:
     """x [..., n] times a growth mask [n] in the dtype of x."""
     return x if mask is None else x * mask.to(x.dtype)
