@@ -112,6 +112,7 @@ def _parsed(kind_found: Kind, row: JsonObject, where: str, reading: Reading) -> 
     tags = tool if kind == RELEASED else flag(row, "tool", False, where)
     refuse_written_tags(messages, tags, bool(tools) or called, where)
     reading.notice_empty(messages, where)
+    reading.notice_slips(messages, where)
     reading.unanswered += not any(m["role"] in ANSWERS and m.get("weight", 1) for m in messages)
     return Dialogue(
         where,
@@ -143,6 +144,12 @@ def tools_of(slots: Slots) -> list[object] | None:
 
 def slot_text(slots: Slots, slot: str) -> str:
     """A slot that must hold text, which may be empty."""
+    found = slots.value(slot)
+    if isinstance(found, list) and len(found) > 1 and all(isinstance(one, str) for one in found):
+        raise UserError(
+            f"{slots.where}: '{slots.name(slot)}' is a list of {len(found)} texts, which may be alternatives; choose "
+            "one, or write the better and the worse as 'chosen' and 'rejected' (--preference)"
+        )
     return text(slots.value(slot), slots.name(slot), slots.where)
 
 
@@ -193,6 +200,11 @@ def _answered(slots: Slots, reading: Reading) -> JsonObject:
 def _alpaca(slots: Slots, reading: Reading) -> _Read:
     question, answer, earlier = instructed(slots, reading), _answered(slots, reading), history_of(slots, reading)
     if "instruction" in slots:
+        if "input" in slots and asked_in_turns(slot_text(slots, "instruction") if slots.value("instruction") else ""):
+            raise UserError(
+                f"{slots.where}: '{slots.name('instruction')}' is a dialogue that ends with an open Assistant:, so "
+                f"'{slots.name('input')}' would stand in the place of its answer; write both as 'messages'"
+            )
         asked = asked_in_turns(question) or [{"role": "user", "content": question}]
         if len(asked) > 1:
             reading.notice("questions are lines of Human: and Assistant:, read as turns", slots.where)

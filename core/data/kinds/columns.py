@@ -23,7 +23,9 @@ class Columns:
         given = dict(self.parts)
         own = tuple(next((given[name] for name in names if name in given), "") for names in (SPEAKERS, WORDS))
         common = tuple(zip(SPEAKERS, WORDS, strict=True))
-        return tuple((own[0] or who, own[1] or said) for who, said in common) if any(own) else common
+        if not any(own):
+            return (*common, *zip(SPEAKERS, reversed(WORDS), strict=True))
+        return tuple((own[0] or who, own[1] or said) for who, said in common)
 
 
 NO_COLUMNS = Columns()

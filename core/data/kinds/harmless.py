@@ -27,6 +27,8 @@ title answer_from human_verified source_type cot_type problem_type problem_sourc
 skip_prompt_formatting gen_input_configs difficulty_generator input_quality quality_explanation quality_generator
 task_category other_task_category task_category_generator llama_guard_2 reward_model instruct_reward
 min_neighbor_distance repeat_count min_similar_uuid instruction_length response_length tokenized
+task_name_in_eng ds_name _template_idx _template_type _task_source _task_name tstamp anony toxic_chat_tag
+num_responses good_natured
 conversation_hash hashed_ip used_in_training ind activity_label source_id split_type
 post_id upvote_ratio c_root_id_A c_root_id_B created_at_utc_A created_at_utc_B score_A score_B seconds_difference
 score_ratio model_a model_b response_0_source response_1_source prompt_source judge qid
@@ -50,4 +52,6 @@ HARMLESS_OF_MESSAGE = frozenset(_OF_MESSAGE.split())
 
 def harmless(key: str, value: object, names: Collection[str]) -> bool:
     """Whether a key is one of ``names``, or a label that is a set of categories and no verdict."""
+    if key in ("turns", "items"):  # how many there are
+        return isinstance(value, int) and names is HARMLESS_OF_SAMPLES
     return key in names or (key == "label" and isinstance(value, (dict, list)) and names is HARMLESS_OF_SAMPLES)

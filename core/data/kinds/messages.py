@@ -7,6 +7,7 @@ the object that the server renders. An assistant's message with weight 0 is cont
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -23,16 +24,19 @@ from telechat_twins.core.types import JsonObject
 
 CALL = "function_call"  # a message that is a call
 ROLES: dict[str, str] = {
-    **dict.fromkeys(("system", "developer"), "system"),
-    **dict.fromkeys(("user", "human", "prompter"), "user"),
-    **dict.fromkeys(("assistant", "gpt", "bard", "bing", "chatgpt", "claude", "model", "ai"), "assistant"),
+    **dict.fromkeys(("system", "developer", "\u7cfb\u7edf"), "system"),
+    **dict.fromkeys(("user", "human", "prompter", "\u7528\u6237"), "user"),
+    **dict.fromkeys(("assistant", "gpt", "bard", "bing", "chatgpt", "chatbot", "claude", "model", "ai"), "assistant"),
+    "\u52a9\u624b": "assistant",
     "bot": "bot",  # TeleChat2's own name, which its template knows
     **dict.fromkeys(("tool", "observation", "function", "function_response", "tool_response", "ipython"), "tool"),
-    **dict.fromkeys((CALL, "tool_call"), CALL),
+    **dict.fromkeys(("tool_result", "tool_results", "function_result"), "tool"),
+    **dict.fromkeys((CALL, "tool_call", "tool_calls"), CALL),
 }
 ANSWERS = ("assistant", "bot")
 REASONING = ("refuse", "think", "leave-out")
 
+_SPEAKER = re.compile(r"\s*(Human|User|USER|Assistant|ASSISTANT|\u7528\u6237|\u52a9\u624b|\u95ee|\u7b54)[:\uff1a]")
 _WEIGHTS = ("weight", "loss", "train", "training")
 _REASONS = ("reasoning_content", "reasoning", "thinking")
 _OF_ANSWER = ("tool_calls", "function_call", *_WEIGHTS, *_REASONS)
@@ -96,6 +100,16 @@ class Reading:
                 self.notice("questions hold no text", where)
             elif message["role"] in ANSWERS:
                 self.notice("answers hold no text, and teach a model to say nothing", where)
+
+    def notice_slips(self, messages: Sequence[JsonObject], where: str) -> None:
+        """Count dialogues in whose texts speakers are named once more, and those that begin with an answer."""
+        spoken = [m["content"] for m in messages if m["role"] in ("user", *ANSWERS) and m["content"]]
+        if any(_SPEAKER.match(said) for said in spoken):
+            self.notice(
+                "dialogues hold texts that begin with a speaker (Human:, \u95ee\uff1a), which is learnt too", where
+            )
+        if messages[0]["role"] in ANSWERS:
+            self.notice("dialogues begin with an answer, which no question stands before", where)
 
 
 def unused(reading: Reading) -> Reading:
@@ -204,12 +218,15 @@ def _turn(value: JsonObject, asked: str, said: str, name: str, where: str, readi
 
 def _spelling(value: object, name: str, where: str, columns: Columns) -> tuple[str, str]:
     """The keys of the speaker and of what is said."""
+    spellings = columns.spellings
     if isinstance(value, dict):
-        for speaker, words in columns.spellings:
-            if isinstance(value.get(speaker), str):
-                return speaker, words
-    pairs = ", or with ".join(f"{speaker} and {words}" for speaker, words in columns.spellings)
-    raise UserError(f"{where}: '{name}' must be an object with {pairs}")
+        spoken = [(speaker, words) for speaker, words in spellings if isinstance(value.get(speaker), str)]
+        said = [(speaker, words) for speaker, words in spoken if words in value]
+        if spoken:
+            return (said or spoken)[0]
+    pairs = ", or with ".join(f"{speaker} and {words}" for speaker, words in spellings[:2])
+    way = "; other names are given by --column role=KEY --column content=KEY" if isinstance(value, dict) else ""
+    raise UserError(f"{where}: '{name}' must be an object with {pairs}{way}")
 
 
 def _message(

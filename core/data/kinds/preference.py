@@ -55,6 +55,8 @@ def parse_preference(row: JsonObject, where: str, reading: Reading) -> Pair:
     else:
         chosen = _side(slots, "chosen", reading)
     rejected = _side(slots, "rejected", reading)
+    if "chosen" not in slots and _said(rejected)[: len(prompt)] == _said(prompt):
+        rejected = rejected[len(prompt) :]
     prompt, chosen, rejected = _split(slots, prompt, chosen, rejected)
     system, prompt = with_system(prompt, system_of(slots), slots.name("prompt"), where)
     if not any(message["role"] == "user" for message in prompt):

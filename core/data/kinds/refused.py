@@ -22,6 +22,10 @@ def _verdict(key: str) -> Callable[[JsonObject], bool]:
     return lambda row: isinstance(row[key], bool) or row[key] in (0, 1, "0", "1", "true", "false", "True", "False")
 
 
+def _ranked(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(one, dict) and "rank" in one for one in value)
+
+
 _KTO = (
     "says whether one answer is wanted (KTO), which no training here uses: keep the rows that are wanted and give "
     "--ignore-key {0}, or join a wanted and an unwanted answer of one question into a row of chosen and rejected"
@@ -62,6 +66,11 @@ _FORMS = (
     ),
     Refused(frozenset({"instruction", "completions"}), _RATED, lambda row: isinstance(row["completions"], list)),
     Refused(frozenset({"prompt", "responses"}), _RATED, lambda row: isinstance(row["responses"], list)),
+    Refused(
+        frozenset({"prompt", "answers"}),
+        _RATED,
+        lambda row: _ranked(row["answers"]),
+    ),
     Refused(frozenset({"input_ids"}), "token ids of a tokenizer that the row does not name; give its texts"),
 )
 # Keys of which every form has one, and few other rows.
@@ -74,6 +83,7 @@ _TELLING = {
     "custom_id",
     "completions",
     "responses",
+    "answers",
 }
 _TELLING |= {"input_ids"}
 

@@ -140,6 +140,7 @@ KINDS: dict[str, Kind] = {
                     "non_preferred",
                     "non_preferred_output",
                     "response_k",
+                    "rejected_messages",
                 ),
                 **_HISTORY,
                 **_SETTING,
@@ -187,6 +188,11 @@ def is_empty(value: object) -> bool:
     return not value and (value is None or value == "" or value == [] or value == {})
 
 
+def is_count(key: str, value: object) -> bool:
+    """Whether a key that mostly holds a dialogue says how many turns it has."""
+    return key in ("turns", "items") and isinstance(value, int)
+
+
 Parts = tuple[tuple[str, str], ...]
 """(a name that a slot has, the rows' own key for it), of which ``--column`` makes rows readable."""
 
@@ -230,7 +236,7 @@ def kinds_of(
         if not kind.marked_by(given):
             raise UserError(f"{where}: not a row of kind {forced} ({_wanted(kind)}); keys found: {keys_found(row)}")
         return (kind,)
-    filled = frozenset(key for key in given if not is_empty(row[key]))
+    filled = frozenset(key for key in given if not is_empty(row[key]) and not is_count(key, row[key]))
     found = _marked(use, filled, parts) or _marked(use, frozenset(given), parts)
     if sure := tuple(kind for kind in found if kind.name != TRANSCRIPT):
         return sure
@@ -267,10 +273,12 @@ _EXAMPLES = {
 
 def several_kinds(row: JsonObject, where: str, kinds: Collection[Kind]) -> UserError:
     """The error for a row whose kind cannot be told."""
-    names = ", ".join(kind.name for kind in kinds)
+    names = [kind.name for kind in kinds]
+    both = "question" in row and "context" in row and {"alpaca", "query"} <= {*names}
+    way = "; or read the question and its context together: --column instruction=question" if both else ""
     return UserError(
-        f"{where}: the row can be of several kinds ({names}) by its keys {keys_found(row)}; say which with "
-        "--kind NAME, and leave the others' keys out with --ignore-key"
+        f"{where}: the row can be of several kinds ({', '.join(names)}) by its keys {keys_found(row)}; say which with "
+        f"--kind NAME, and leave the others' keys out with --ignore-key{way}"
     )
 
 
@@ -298,6 +306,7 @@ class Slots:
             if len(names) == 1 and names[0] not in row:
                 continue
             given = [name for name in names if name in row and name not in ignore and not is_empty(row[name])]
+            given = [name for name in given if not is_count(name, row[name])]
             if len(given) > 1:
                 given = self._told(given)
             if len(given) > 1:

@@ -6,6 +6,7 @@ are brought into that order by the same rule.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 
 from telechat_twins.core.data.control import TOOL_CALL, TOOL_CALL_END, TOOL_RESPONSE, TOOL_RESPONSE_END
@@ -13,6 +14,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
 
+_NAMED = re.compile("[\"']name[\"']")  # also of a call that Python wrote, as some published rows have it
 JOINS = "joins"  # marks a message that is a call, until it is part of an answer
 _SPOKEN = ("assistant", "bot")
 
@@ -125,6 +127,6 @@ def _has_call(content: str) -> bool:
     for part in content.split(TOOL_CALL)[1:]:
         inner, mark, _ = part.partition(TOOL_CALL_END)
         inner = inner.strip()
-        if mark and inner.startswith("{") and inner.endswith("}") and '"name"' in inner:
+        if mark and inner[:1] in ("{", "[") and inner[-1:] in ("}", "]") and _NAMED.search(inner):
             return True
     return False

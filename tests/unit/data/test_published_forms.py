@@ -279,3 +279,76 @@ def test_calls_and_results_written_as_text_are_refused() -> None:
     for more in ({}, {"tool": True}):
         with pytest.raises(UserError, match="rows:1: the result in message 2 stands in <tool_response> tags"):
             read({**written, **more})
+
+
+@pytest.mark.parametrize(
+    ("row", "texts"),
+    [
+        ({"instruction": "q", "input": "", "output": "a", "task_name_in_eng": "x", "other": None}, ["q", "a"]),
+        ({"inputs": "q", "targets": "a", "_task_name": "x", "_template_type": "zs"}, ["q", "a"]),
+        ({"prompt": "q", "completion": "a", "turns": 3}, ["q", "a"]),
+        ({"conversation": [Q, A], "turns": 3}, ["q", "a"]),
+        ({"turns": [H, G]}, ["q", "a"]),
+        ({"conversations": [{"role": "prompter", "value": "q"}, {"role": "assistant", "value": "a"}]}, ["q", "a"]),
+        ({"conversations": [{"from": "Human", "content": "q"}, {"from": "gpt", "content": "a"}]}, ["q", "a"]),
+        ({"messages": [{"role": "\u7528\u6237", "content": "q"}, {"role": "Chatbot", "content": "a"}]}, ["q", "a"]),
+    ],
+)
+def test_what_counts_turns_or_is_spelt_otherwise_is_read(row: JsonObject, texts: list[str]) -> None:
+    assert said(read(row)) == texts
+
+
+OPEN = "Human: q\nAssistant: a\nHuman: p\nAssistant:"
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"instruction": OPEN, "input": "x", "output": "b"}, "would stand in the place of its answer"),
+        ({"instruction": "q", "output": ["a", "b"]}, "'output' is a list of 2 texts, which may be alternatives"),
+        ({"prompt": "q", "answers": [{"answer": "a", "rank": 1.0}]}, "several answers of one question"),
+        ({"context": "c", "question": "q", "answer": "a"}, "--column instruction=question"),
+        ({"messages": [{"author": "user", "text": "q"}]}, "other names are given by --column role=KEY"),
+        ({"messages": [{"role": "user", "content": "q", "value": "p"}, A]}, "key 'messages[0].value' is not read"),
+        (
+            {"messages": [Q, {**A, "content": "<tool_call>\n{'name': 'f'}\n</tool_call>"}], "tools": [{"name": "f"}]},
+            "has a call in its text",
+        ),
+        (
+            {"messages": [Q, {**A, "content": '<tool_call>[{"name": "f"}]</tool_call>'}], "tools": [{"name": "f"}]},
+            "has a call in its text",
+        ),
+    ],
+)
+def test_what_would_be_learnt_by_mistake_is_refused(row: JsonObject, says: str) -> None:
+    with pytest.raises(UserError) as error:
+        read(row)
+    assert str(error.value).startswith("rows:1: ") and says in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        ({"data": ["\u95ee\uff1aq", "\u7b54\uff1aa"]}, "begin with a speaker"),
+        ({"instruction": "User: q\nAssistant: a\nUser: p", "output": "b"}, "begin with a speaker"),
+        ({"conversations": [G, H, G]}, "dialogues begin with an answer"),
+    ],
+)
+def test_what_is_hardly_meant_is_counted(row: JsonObject, says: str) -> None:
+    reading = Reading()
+    parse_dialogue(row, "rows:1", reading=reading)
+    assert [says in what for what in reading.noticed] == [True] and next(iter(reading.noticed.values())) == (
+        1,
+        "rows:1",
+    )
+    parse_dialogue({"messages": [Q, A]}, "rows:2", reading=reading)
+    assert next(iter(reading.noticed.values()))[0] == 1
+
+
+@pytest.mark.parametrize("rejected", ["no", [NO], [Q, NO]])
+def test_rejected_messages_may_begin_with_the_prompt(rejected: object) -> None:
+    """Beside messages that end with the chosen answer; with another prompt they are refused."""
+    pair = parse_preference({"messages": [Q, A], "rejected_messages": rejected}, "rows:1", Reading())
+    assert [said(side) for side in (pair.chosen, pair.rejected)] == [["q", "a"], ["q", "no"]]
+    with pytest.raises(UserError, match="answer different prompts"):
+        parse_preference({"messages": [Q, A], "rejected_messages": [{**Q, "content": "p"}, NO]}, "rows:1", Reading())

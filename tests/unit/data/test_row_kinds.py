@@ -186,7 +186,7 @@ def test_reasoning_is_refused_trained_or_left_out() -> None:
         ({"messages": [{**ASKED, "content": [{"type": "image_url", "image_url": "u"}]}, SAID]}, "[0]' is 'image_url'"),
         ({"messages": [{**ASKED, "content": [{"type": ["text"], "text": "q"}]}, SAID]}, "[0]' is ['text']; only parts"),
         ({"messages": [{**ASKED, "content": [{"type": "text"}]}, SAID]}, "[0].text' must be text, found nothing"),
-        ({"messages": [{"role": "user", "value": "q"}, SAID]}, "key 'messages[0].value' is not read"),
+        ({"messages": [{**ASKED, "value": "p"}, SAID]}, "key 'messages[0].value' is not read"),
         ({"conversations": [{"from": "human", "value": "q"}, {"from": "function_call", "value": "f(1)"}]}, "as JSON"),
         (
             {"conversations": [{"from": "narrator", "value": "q"}]},
