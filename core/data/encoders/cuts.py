@@ -14,7 +14,7 @@ bit, and is never cut.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -175,6 +175,12 @@ class Cutter:
         single = sizes == 1
         keys[single] = -1 - codes[begins[single]].astype(np.int64)
         return begins, keys
+
+    def marks(self) -> Iterator[str]:
+        """Characters that texts hardly hold, in front of and behind which every text may be cut."""
+        for code in (*range(1, ord("\t")), *range(ord("\r") + 1, ord(" "))):
+            if not self._number[code] and (self._known is None or self._known[code]):
+                yield chr(code)
 
     def last(self, text: str) -> int:
         """The last place at which ``text`` may be cut; 0 without one."""

@@ -27,6 +27,7 @@ from telechat_twins.core.data.control import (
 )
 from telechat_twins.core.data.detokenizer import StreamDecoder
 from telechat_twins.core.data.encoders.cuts import SPACE, WITHOUT_PREFIX, Cutter, Specs, make_cutter, read_specs
+from telechat_twins.core.data.encoders.joined import words_encoder
 from telechat_twins.core.data.encoders.special import SpecialTokens, encodable, missing_control, missing_special
 from telechat_twins.core.data.encoders.words import Words
 from telechat_twins.core.errors import UserError
@@ -254,8 +255,7 @@ class SentencePieceTokenizer:
         reading.join()
         if cutter is None:
             return None
-        # Unless told, SentencePiece starts as many threads for every batch as the machine has processors.
-        return Words(cutter, functools.partial(self._inner.encode, num_threads=1))
+        return Words(cutter, words_encoder(self._inner, cutter))
 
     def _joined(self, ids: list[int]) -> str:
         out, segment, after_special = "", [], False

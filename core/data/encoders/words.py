@@ -9,13 +9,12 @@ word is never taken for another. Longer words are remembered by their text.
 from __future__ import annotations
 
 import threading
-from array import array
-from collections.abc import Callable, Sequence
-from itertools import accumulate, chain
+from collections.abc import Sequence
 
 import numpy as np
 
 from telechat_twins.core.data.encoders.cuts import NO_KEY, Cutter
+from telechat_twins.core.data.encoders.joined import Encode
 
 _PLACES = 19  # bits of the table's size; 8 MB of keys and places
 _MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)  # 2^64 divided by the golden ratio: neighbouring keys lie far apart
@@ -25,11 +24,9 @@ _WORDS = 1 << 17  # longer words remembered at most; about 25 MB
 _KEPT = 24 << 20  # bytes of freed arrays that the process keeps for the next
 _CHARACTERS = 1 << 18  # of texts that are worked on at once; some 60 bytes of arrays for each
 
-Encode = Callable[[list[str]], list[list[int]]]
-
 
 class Words:
-    """Ids of the words of one model. ``encode`` has the ids of each of some words, without a space in front.
+    """Ids of the words of one model, of which ``encode`` makes those that are met first.
 
     Threads may share it: one at a time encodes.
     """
@@ -90,7 +87,7 @@ class Words:
         fresh, one, which = np.unique(keys[missing], return_index=True, return_inverse=True)
         one = missing[one]
         bounds = zip(begins[one].tolist(), (begins[one] + lengths[one]).tolist(), strict=True)
-        more, fresh_sizes = _flat(self._encode([text[begin:end] for begin, end in bounds]))
+        more, fresh_sizes = self._encode([text[begin:end] for begin, end in bounds])
         fresh_starts = len(self._ids) + np.cumsum(fresh_sizes) - fresh_sizes
         starts[missing], sizes[missing] = fresh_starts[which], fresh_sizes[which]
         at = places[one]
@@ -105,9 +102,8 @@ class Words:
         parts = list(map(known.get, words))
         if None in parts:
             missing = list(dict.fromkeys(word for word, ids in zip(words, parts, strict=True) if ids is None))
-            made = self._encode(missing)
-            data = array("i", chain.from_iterable(made)).tobytes()
-            ends = [4 * end for end in accumulate(map(len, made))]
+            made, sizes = self._encode(missing)
+            data, ends = made.tobytes(), (4 * np.cumsum(sizes)).tolist()
             pieces = (data[begin:end] for begin, end in zip([0, *ends[:-1]], ends, strict=True))
             fresh = dict(zip(missing, pieces, strict=True))
             parts = [fresh[word] if ids is None else ids for word, ids in zip(words, parts, strict=True)]
@@ -121,9 +117,3 @@ class Words:
         self._keys = np.full(1 << _PLACES, NO_KEY, np.int64)
         self._starts, self._sizes = (np.zeros(1 << _PLACES, np.int32) for _ in range(2))
         self._ids = np.zeros(0, np.int32)
-
-
-def _flat(made: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray]:
-    """All ids one after the other, and how many there are of each."""
-    sizes = np.fromiter(map(len, made), np.int64, len(made))
-    return np.fromiter(chain.from_iterable(made), np.int32, int(sizes.sum())), sizes

@@ -13,7 +13,7 @@ import sentencepiece
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telechat_twins.core.data.encoders import cuts, spm, tasks, words
+from telechat_twins.core.data.encoders import cuts, joined, spm, tasks, words
 from telechat_twins.core.data.encoders.cuts import make_cutter, read_specs
 from telechat_twins.core.data.encoders.parallel import encode_blocks
 from telechat_twins.core.data.encoders.tasks import Encoder
@@ -37,22 +37,44 @@ def trained(folder: Path, name: str, **options: object) -> Path:
     return path
 
 
-def test_a_process_encodes_with_one_thread(monkeypatch):
-    """The library starts a thread a processor for every batch unless told: those of several processes displace each
-    other."""
+def test_words_are_encoded_in_the_process_itself(monkeypatch):
+    """The library starts a thread for every list, and a thread a processor unless told: where every processor has a
+    process of its own, it waits for one."""
     asked = []
     encode = sentencepiece.SentencePieceProcessor.encode
 
     def noted(self: sentencepiece.SentencePieceProcessor, text: object, **options: object) -> object:
-        if not isinstance(text, str):
-            asked.append(options.get("num_threads"))
+        asked.append((type(text), options.get("num_threads")))
         return encode(self, text, **options)
 
     monkeypatch.setattr(sentencepiece.SentencePieceProcessor, "encode", noted)
     tokenizer = load_tokenizer(tiny_tokenizer_path(), "chat")
     tokenizer.encode_batch(["short", "two"])
-    tokenizer.encode_batch(["The unusually long words of a text. " * 400])
-    assert len(asked) >= 2 and {*asked} == {1}
+    assert asked.pop() == (list, 1) and not asked
+    tokenizer.encode_batch(["The unusually long words of a text. " * 400, "x" * 9000])
+    assert len(asked) >= 3 and {*asked} == {(str, None)}
+
+
+@pytest.mark.parametrize("size", [0, 9, 1 << 12])
+@pytest.mark.parametrize("symbols", [[], ["\x01", "\x02"], ["\x01a", "b\x02", "\x03\x03"]])
+def test_words_that_hold_the_mark_between_words_encode_as_the_whole(tmp_path, monkeypatch, symbols, size):
+    monkeypatch.setattr(joined, "_TOGETHER", size)
+    path = trained(tmp_path, "x", **IDENTITY, byte_fallback=True, user_defined_symbols=symbols)
+    tokenizer, library = load_tokenizer(path, "none"), sentencepiece.SentencePieceProcessor(model_file=str(path))
+    mark = joined._mark(tokenizer._inner, tokenizer._cutter)
+    assert mark is not None and mark[0] == ("\x04" if len(symbols) == 3 else "\x01")
+    rng = random.Random(len(symbols))
+    parts = ["\x01", "\x02", "\x03", "\x04", "a", "b", " ", "中国", "\x01a", "fox"]
+    texts = ["".join(rng.choices(parts, k=rng.randrange(1, 40))) for _ in range(300)]
+    assert [ids.tolist() for ids in tokenizer.encode_batch([*texts, "fox " * 6000])[:-1]] == library.encode(texts)
+
+
+def test_a_model_without_a_mark_encodes_words_as_a_list(tmp_path):
+    path = trained(tmp_path, "x", **CUT["no_bytes"])
+    tokenizer, library = load_tokenizer(path, "none"), sentencepiece.SentencePieceProcessor(model_file=str(path))
+    assert joined._mark(tokenizer._inner, tokenizer._cutter) is None
+    text = "The fox, \x01\x02 \x01. " * 3000
+    assert tokenizer.encode_batch([text])[0].tolist() == library.encode(text)
 
 
 def long_texts(seed: int, count: int, size: int) -> list[str]:
