@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from telechat_twins.core.data.forms.formats import COMPRESSIONS, STATE, is_dataset, known_form
-from telechat_twins.core.data.rows import read_rows
+from telechat_twins.core.data.forms.wrapped import begins_object
+from telechat_twins.core.data.rows import read_rows, under_notes
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.eval.wrapped_rows import wrapped_rows
+from telechat_twins.core.shown import printable
 from telechat_twins.core.types import JsonObject
 
 Placed = tuple[str, JsonObject]  # file and line of a row, and the row
@@ -53,25 +54,37 @@ def find_splits(folder: Path, path: str, name: str | None) -> dict[str, list[Pat
     )
 
 
-def read_records(
-    path: Path, fields: Collection[str] = (), note: Callable[[str], object] = lambda _: None
-) -> list[Placed]:
-    """The rows of an input with their places. UserError names file and line of what is not a row.
-
-    ``note`` is told where they are under a key of the only object of a .json file; ``fields``: of the published data
-    set, by which such an object is known to be a row itself.
-    """
+def read_records(path: Path, note: Callable[[str], object] = lambda _: None) -> list[Placed]:
+    """The rows of an input with their places, as `tele data` reads them. UserError names file and line of what is not a
+    row. ``note`` is told where a .json file has its rows under a key, and where it might but is read as one row."""
     try:
-        if wrapped := wrapped_rows(path, fields):
-            note(f"{path}: its rows are read from its key '{wrapped[0]}'")
-            return wrapped[1]
+        for line in under_notes([path]):
+            note(line)
         rows = list(read_rows(path))
     except UserError as error:
         said, advised, _ = str(error).partition("; name the file's encoding")  # which no option here can
         raise UserError(f"{said}; convert it to UTF-8" if advised else error) from None
     if not rows:
         raise UserError(f"{path}: has no row")
+    if len(rows) == 1 and begins_object(path):
+        _judge_only_row(path, *rows[0], note)
     return rows
+
+
+def _judge_only_row(path: Path, where: str, row: JsonObject, note: Callable[[str], object]) -> None:
+    """Say of a file that is one row if it looks like many: UserError where it has nothing but lists and objects."""
+    names = ", ".join(printable(key, 80) for key in row)[:120]
+    if row and all(isinstance(value, list | dict) for value in row.values()):
+        raise UserError(
+            f"{where}: is one object, and none of its keys ({names}) holds the rows, a list of objects; write a list "
+            "of objects, one for each row"
+        )
+    lists = [key for key, value in row.items() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    if lists:
+        note(
+            f"{path}: is read as one row ({names}); if '{printable(lists[0], 80)}' holds the rows, write that list "
+            "alone"
+        )
 
 
 def _folders(place: Path) -> list[Path]:

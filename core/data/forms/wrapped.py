@@ -31,13 +31,10 @@ def rows_under(path: Path, encoding: str = UTF8) -> str | None:
     At most MAX_LINE bytes are looked at. UserError where several keys hold lists of objects, one of which must be
     chosen.
     """
-    if form_of(path).name != JSON:
+    if not begins_object(path, encoding):
         return None
     with open_stream(path, None, encoding) as file:
-        begin = file.read(_BEGIN)
-        if not begin.removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{"):
-            return None
-        head = begin + file.read(MAX_LINE - len(begin))
+        head = file.read(MAX_LINE)
         whole = not file.read(1)
     members, lists = _members(head.removeprefix(codecs.BOM_UTF8), path, whole)
     if not lists or _is_row(members, lists):
@@ -48,6 +45,14 @@ def rows_under(path: Path, encoding: str = UTF8) -> str | None:
         names = " and ".join(f"'{printable(key, 80)}'" for key in lists)
         raise UserError(f"{path}: lists of objects under {names}; write the one that holds the rows alone, as a list")
     return lists[0]
+
+
+def begins_object(path: Path, encoding: str = UTF8) -> bool:
+    """Whether a file is a .json file that begins with an object, and not with a list."""
+    if form_of(path).name != JSON:
+        return False
+    with open_stream(path, None, encoding) as file:
+        return file.read(_BEGIN).removeprefix(codecs.BOM_UTF8).lstrip().startswith(b"{")
 
 
 def under_notes(files: list[Path], encoding: str = UTF8) -> list[str]:

@@ -41,7 +41,7 @@ message_id parent_id turn_identifier redacted hashed_ip
 # Of a file that is one object, beside the list of its rows.
 _OF_FILE = """
 description info name status success code msg message error total count page page_size pageSize num_rows num_samples
-size format schema release object has_more first_id last_id homepage contributors contributor
+size format schema release object has_more first_id last_id homepage contributors contributor canary keywords
 """
 
 HARMLESS = frozenset(_HARMLESS.split()) | {"Unnamed: 0"}  # as pandas names an index without a name

@@ -92,25 +92,32 @@ def test_saved_data_sets(tmp_path: Path) -> None:
 def test_rows_under_a_key_of_the_file_are_read(tmp_path: Path, name: str) -> None:
     """As SQuAD and BIG-bench Hard have them, with other keys beside."""
     file, notes = tmp_path / name, []
-    data = json.dumps({"version": "1.1", "tags": ["a"], "examples": [ROW, ROW | {"n": 2}]}, indent=1).encode()
+    held = {"canary": "c", "version": "1.1", "tags": ["a"], "examples": [ROW, ROW | {"n": 2}]}
+    data = json.dumps(held, indent=1).encode()
     file.write_bytes(gzip.compress(data) if name.endswith(".gz") else data)
     assert [row["n"] for _, row in read_records(file, note=notes.append)] == [1, 2]
-    assert notes == [f"{file}: its rows are read from its key 'examples'"]
-    assert read_records(file)[1][0] == f"{file}:1: examples, item 2"
+    assert notes == [f"{file}: the rows are those under its key 'examples'"]
+    assert read_records(file)[1][0] == f"{file}:{data[: data.rindex(b'{')].count(10) + 1}: item 2"
 
 
 def test_an_object_that_is_a_row_stays_one(tmp_path: Path) -> None:
-    """One of plain values; one with all fields of its data set, as IFEval's, which has a list of objects; a line."""
-    for name, row, fields in (
-        ("plain.json", ROW, ()),
-        ("lists.json", {"q": "x", "choices": ["a", "b"]}, ()),
-        ("known.json", {"q": "x", "kwargs": [{"a": 1}]}, ("kwargs", "q")),
-        ("line.jsonl", {"data": [ROW]}, ()),
+    """One of plain values; one whose other keys a task may need, with a list of objects; a line."""
+    parts = {"story": "s", "questions": [{"q": "a"}, {"q": "b"}]}
+    for name, row, said in (
+        ("plain.json", ROW, []),
+        ("lists.json", {"q": "x", "choices": ["a", "b"]}, []),
+        ("known.json", {"key": 1, "prompt": "x", "kwargs": [{"a": 1}]}, ["key, prompt, kwargs); if 'kwargs' holds"]),
+        ("parts.json", parts, ["is read as one row (story, questions); if 'questions' holds the rows, write that"]),
+        ("line.jsonl", {"data": [ROW]}, []),
     ):
+        notes: list[str] = []
         (tmp_path / name).write_text(json.dumps(row))
-        assert [found for _, found in read_records(tmp_path / name, fields)] == [row]
+        assert [found for _, found in read_records(tmp_path / name, notes.append)] == [row]
+        assert len(notes) == len(said) and all(part in note for part, note in zip(said, notes, strict=True))
     (tmp_path / "two.json").write_text(json.dumps({"data": [ROW]}) + "\n" + json.dumps({"data": [ROW]}))
     assert len(read_records(tmp_path / "two.json")) == 2
+    (tmp_path / "one.json").write_text(json.dumps([{"choices": ["a", "b"]}]))
+    assert len(read_records(tmp_path / "one.json")) == 1
 
 
 @pytest.mark.parametrize(
@@ -118,14 +125,14 @@ def test_an_object_that_is_a_row_stays_one(tmp_path: Path) -> None:
     [
         (
             {"train": [ROW], "test": [ROW]},
-            r"test.json:1: is one object with rows under 2 keys \(train, test\); write each",
+            r"test.json: lists of objects under 'train' and 'test'; write the one that holds the rows alone",
         ),
         (
             {"q": {"0": "x"}, "n": {"0": 1}},
-            r"test.json:1: is one object, and none of its keys \(q, n\) holds a list of",
+            r"test.json:1: item 1: is one object, and none of its keys \(q, n\) holds the rows, a list of objects",
         ),
-        ({"data": []}, r"none of its keys \(data\) holds a list of objects"),
-        ({"data": [ROW, 3]}, r"none of its keys \(data\) holds a list of objects"),
+        ({"data": []}, r"none of its keys \(data\) holds the rows, a list of objects"),
+        ({"data": [ROW, 3]}, r"test.json:1: item 2: expected a JSON object, found int"),
     ],
 )
 def test_objects_without_one_list_of_rows_are_refused(tmp_path: Path, value: object, message: str) -> None:
