@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from telechat_twins.core.checkpoint.retention import BEST
+from telechat_twins.core.checkpoint.retention import BEST, best_name
 from telechat_twins.core.config import EvalConfig, RunConfig
 from telechat_twins.core.files.atomic import write_text
 from telechat_twins.core.train.heldout.sources import HeldOutSource
@@ -121,12 +121,18 @@ class HeldOut:
         same = judged_by(trainer["config"]) == judged_by(self._config.to_dict())
         self.best = Best(**trainer.get("held_out", {})) if same else Best()
 
-    def mark_again(self, folder: Path, rank: int) -> None:
-        """Let ``best`` name the checkpoint that is the best by the record of the one a run of ``folder`` goes on from:
-        the run may have ended between the two, or is put back to a step before a better one."""
-        best = folder / f"step-{self.best.step:08d}"
-        if self._eval is not None and self._eval.keep_best and self.best.value is not None and best.is_dir():
-            self.mark(folder, best, rank)
+    def settle(self, folder: Path, step: int, rank: int) -> None:
+        """Let the file ``best`` of a run that goes on at ``step`` name the checkpoint that its record says. It may name
+        another: of before, where a run was killed between a checkpoint and its mark, or of a later step, where it goes
+        on from an earlier checkpoint, and passes that step again."""
+        if self._eval is None or not self._eval.keep_best or rank:
+            return
+        named, best = best_name(folder), f"step-{self.best.step:08d}"
+        if self.best.value is not None and (folder / best).is_dir():
+            if named != best:
+                write_text(folder / BEST, best + "\n")
+        elif named is not None and named > f"step-{step:08d}":
+            (folder / BEST).unlink()
 
     @staticmethod
     def mark(folder: Path, checkpoint: Path | None, rank: int) -> None:

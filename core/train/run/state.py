@@ -91,7 +91,7 @@ class Run:
         self.notes += passed_note(self.config, self.state.step)
         if checkpoint.path.resolve().parent == self.out.resolve():
             self.saver.last = checkpoint.path
-            self.held_out.mark_again(self.out, self.stepper.rank)
+            self.held_out.settle(self.out, self.state.step, self.stepper.rank)
         else:
             self.origin = checkpoint.path
 

@@ -193,6 +193,34 @@ def test_the_longest_rows_of_a_legal_config_are_read_again(held, tmp_path, monke
     assert sum(name.startswith("eval/") for name in read_metrics(tmp_path)[5]) == 48
 
 
+def test_the_file_of_the_best_is_mended_as_a_run_goes_on(held, tmp_path, monkeypatch) -> None:
+    """Of a run that was killed behind a checkpoint and before its mark; of one that returns to an earlier step."""
+    losses, mark = iter([3.0, 2.0, 2.5, 9.0, 9.0]), HeldOut.mark
+
+    def made(*_):
+        return figures("web", loss := next(losses), 10, 20) | figures("c", loss, 1, 0)
+
+    def killed(folder: Path, checkpoint: Path, rank: int) -> None:
+        if checkpoint.name == "step-00000004":
+            raise KeyboardInterrupt
+        mark(folder, checkpoint, rank)
+
+    monkeypatch.setattr(evaluate, "held_out_metrics", made)
+    section = {"sources": TWO, "every": 2, "keep_best": True}
+    config = run_config(train__steps=6, eval=section, checkpoint={"every": 1, "keep_last": 1})
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(HeldOut, "mark", staticmethod(killed))
+        loop.train(NumpyStepper, config, tmp_path)
+    assert (tmp_path / "best").read_text() == "step-00000002\n" and (tmp_path / "step-00000004").is_dir()
+    loop.train(NumpyStepper, config, tmp_path, resume="auto")
+    assert (tmp_path / "best").read_text() == "step-00000004\n"
+    assert sorted(p.name for p in tmp_path.glob("step-*")) == ["step-00000004", "step-00000006"]
+    (tmp_path / "best").write_text("step-00000006\n")
+    longer = run_config(train__steps=8, eval=section, checkpoint={"every": 1, "keep_last": 9})
+    loop.train(NumpyStepper, longer, tmp_path, resume=str(tmp_path / "step-00000004"))
+    assert (tmp_path / "best").read_text() == "step-00000004\n"
+
+
 def test_the_figures_are_drawn_and_go_to_tensorboard(held, tmp_path) -> None:
     loop.train(NumpyStepper, run_config(eval={"sources": TWO, "every": 5}), tmp_path)
     (events,) = (tmp_path / "tensorboard").iterdir()
