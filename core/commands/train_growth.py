@@ -22,7 +22,7 @@ from telechat_twins.core.checkpoint.retention import latest_save, saved_step
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import write_text
 from telechat_twins.core.launch.run_lock import NAME, RELEASE_WAIT_S, hold_folder, require_free
-from telechat_twins.core.train.metrics import Row, plot_losses, read_metrics
+from telechat_twins.core.train.metrics import Row, plot_losses, read_metrics, row_lines
 from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
@@ -170,7 +170,7 @@ def _tell(stages: Sequence[Stage], out: Path, backend: str, whole: bool) -> None
     joined = [row for part in rows for row in part]
     if not joined:
         return
-    write_text(out / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in joined))
+    write_text(out / "metrics.jsonl", "".join(row_lines(row).decode() for row in joined))
     marks = {stage.begin: f"{stage.name}\n {stage.parameters / 1e6:.3g} M" for stage in stages}
     plot_losses({out.name: joined}, out / "loss.png", f"Growth: {out.name}", marks)
     report = summary(stages, rows)

@@ -30,7 +30,8 @@ MEASURED = frozenset(
 HELD_OUT = "eval/"  # begins the columns of held-out sources: eval/NAME/loss, .../perplexity, .../bits_per_byte
 TASKS = "tasks/"  # begins the scores of tasks at checkpoints: tasks/NAME/METRIC, and tasks/NAME/stderr
 _SMOOTH_FROM = 250  # steps from which a plot shows a running mean
-LONGEST_ROW = 16_384  # bytes: a row has a few hundred, with 16 held-out sources of long names more than 4,096
+FEW = 24  # figures of evaluations in a line
+LONGEST_ROW = 16_384  # bytes: a line has a few hundred, with long names of tasks some thousands
 
 
 class MetricsLog:
@@ -47,15 +48,15 @@ class MetricsLog:
         kept = [row for row in read_metrics(self.path) if row["step"] <= keep_until] if self.path.exists() else []
         beside = self.path.with_name(self.path.name + ".new")
         with open(beside, "wb") as file:
-            file.write(b"".join(_line(row) for row in kept))
+            file.write(b"".join(map(row_lines, kept)))
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, self.path)
         self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
     def append(self, row: Row) -> None:
-        """Write one row. A whole line in one write to an append-only descriptor: a reader never sees half of it."""
-        line = _line(row)
+        """Write one row. Whole lines in one write to an append-only descriptor: a reader never sees half of one."""
+        line = row_lines(row)
         written = os.write(self._fd, line)
         while written < len(line):  # a full disk or a signal may cut a write short; the rest raises or follows
             written += os.write(self._fd, line[written:])
@@ -68,6 +69,17 @@ class MetricsLog:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def row_lines(row: Row) -> bytes:
+    """A row as it stands in the file: one line, but with many figures of evaluations further lines of FEW of them, so
+    that none is too long to be read again."""
+    figures = [(key, value) for key, value in row.items() if key.startswith((HELD_OUT, TASKS))]
+    if len(figures) <= FEW:
+        return _line(row)
+    parts = [{key: value for key, value in row.items() if not key.startswith((HELD_OUT, TASKS))}]
+    parts += [{"step": row["step"], **dict(figures[at : at + FEW])} for at in range(0, len(figures), FEW)]
+    return b"".join(_line(part) for part in parts if len(part) > 1)
 
 
 def _line(row: Row) -> bytes:

@@ -24,8 +24,6 @@ from telechat_twins.core.train.track.tensorboard import TensorBoard
 from telechat_twins.core.train.watch.environment import write_environment
 from telechat_twins.core.train.watch.refresh import PlotRefresher
 
-FEW = 24  # columns of a further row, so that none is too long to be read
-
 
 class Records:
     """What a run leaves besides checkpoints: lines on the console, metrics.jsonl, config and versions, trackers, plot.
@@ -68,12 +66,11 @@ class Records:
             for tracker in self._trackers:
                 if texts and isinstance(tracker, TensorBoard):
                     tracker.texts(step, texts)
-            items = [(key, value) for key, value in row.items() if key not in texts]
-            for first in range(0, len(items), FEW):
-                part = {"step": step, **dict(items[first : first + FEW])}
-                self._log.append(part)
+            numbers = {key: value for key, value in row.items() if key not in texts}
+            if numbers:
+                self._log.append({"step": step, **numbers})
                 for tracker in self._trackers:
-                    tracker.step(part)
+                    tracker.step({"step": step, **numbers})
 
     def close(self) -> None:
         """End the files and draw the plot."""

@@ -9,6 +9,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.model.flops import flops_per_token
 from telechat_twins.core.train.metrics import (
+    FEW,
     LONGEST_ROW,
     MetricsLog,
     column,
@@ -63,6 +64,23 @@ def test_the_last_row_of_a_growing_file(tmp_path):
     path.write_text("".join(lines) + json.dumps(row(1200))[:-7])
     assert path.stat().st_size > 4 * LONGEST_ROW
     assert last_row(path) == row(1199)
+
+
+def test_many_scores_are_read_again_however_often_the_file_is_written_anew(tmp_path):
+    """As of 170 subjects at a checkpoint; a run that is resumed writes the rows that it keeps anew."""
+    scores = {f"tasks/{'subject' * 8}_{n}/{kind}": 0.123456789 for n in range(170) for kind in ("acc", "stderr")}
+    path = tmp_path / "metrics.jsonl"
+    with MetricsLog(path) as log:
+        log.append(row(1))
+        log.append({"step": 1, **scores})
+        log.append(row(2))
+    for _ in range(2):
+        with MetricsLog(path, keep_until=2):
+            pass
+        assert read_metrics(path) == [row(1) | scores, row(2)]
+        lines = path.read_bytes().splitlines()
+        assert len(lines) == 2 + -(-len(scores) // FEW) and max(map(len, lines)) < 4096
+        assert last_row(path) == row(2)
 
 
 def test_a_bad_line_is_named(tmp_path):
