@@ -224,12 +224,10 @@ def _steps(run: Run, signals: Signals, records: Records, total: int, saves: bool
         for hook in run.hooks:
             hook.after_step(row, saves and (best or due or run.state.step == total), records.note)
         caught = _agree(run, signals, _recorded(run, records, row))
-        if best and saves:
-            save(run, asynchronous=False)
-            run_on_all(run.stepper, lambda: run.held_out.mark(run.out, run.saver.last, run.stepper.rank))
-            _at_checkpoint(run, signals, records)
-        elif due and saves:
-            save(run, run.config.checkpoint.asynchronous)
+        if saves and (best or due):
+            save(run, run.config.checkpoint.asynchronous and not best)
+            if best:
+                run_on_all(run.stepper, lambda: run.held_out.mark(run.out, run.saver.last, run.stepper.rank))
             _at_checkpoint(run, signals, records)
             caught = _agree(run, signals)
     if saves and save_unless_saved(run):

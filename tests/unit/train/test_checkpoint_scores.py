@@ -13,6 +13,7 @@ from telechat_twins.core.config import run_config_from_dict
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.train import loop, records
 from telechat_twins.core.train.heldout import scores
+from telechat_twins.core.train.heldout.evaluate import HeldOut
 from telechat_twins.core.train.heldout.scores import SAMPLES, CheckpointScores, open_scores, samples_of
 from telechat_twins.core.train.metrics import last_row, plot_losses, read_metrics
 from tests.support.numpy_stepper import Cluster, MemoryBlend, NumpyStepper, run_config
@@ -204,9 +205,12 @@ def test_all_ranks_wait_for_rank_0(tmp_path, monkeypatch):
     assert [row["step"] for row in read_metrics(tmp_path) if "tasks/arc/acc" in row] == [2, 4, 5]
 
 
-def test_a_signal_ends_the_evaluation_and_the_run(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("best", [False, True])
+def test_a_signal_ends_the_evaluation_and_the_run(tmp_path, monkeypatch, capsys, best):
     """The stand-in interrupts its parent and would then take a minute; the resumed run scores that checkpoint."""
     stand_in(monkeypatch, "import os, time; os.kill(os.getppid(), 15); time.sleep(60)")
+    if best:  # the checkpoint of step 2 is the best one, and due as well
+        monkeypatch.setattr(HeldOut, "evaluate", lambda self, row, *_: row["step"] == 2)
     started = time.monotonic()
     result = loop.train(Stepper, config_of(), tmp_path)
     assert (result.step, result.interrupted_by) == (2, 15) and time.monotonic() - started < 30
