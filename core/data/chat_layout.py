@@ -336,6 +336,21 @@ class TemplateLayout:
         mark, text = self._marked(messages, tools, True, self._silent, variables)
         return [s.replace(mark, "") for s in self._splitter.split(text) if isinstance(s, str)]
 
+    def slips(self) -> list[str]:
+        """Notes on what a model would learn of the ends of answers, where that is hardly meant."""
+        asked: list[JsonObject] = [{"role": "user", "content": "?"}]
+        try:
+            prompt, open_ended = self.render(asked), self.render(asked, add_generation_prompt=False)
+            whole = self.render([*asked, {"role": "assistant", "content": "!"}], add_generation_prompt=False)
+        except UserError:  # a template that wants more than a question
+            return []
+        end, opener = whole.rpartition("!")[2], prompt.rpartition("?")[2]
+        if not any(isinstance(segment, ControlToken) for segment in self._splitter.split(end)):
+            return [f"{self.name} writes no control token behind an answer, so a model does not learn to end one"]
+        if opener and prompt == open_ended and end.endswith(opener):
+            return [f"{self.name} opens a further answer behind the last one of a dialogue, which is learnt with it"]
+        return []
+
     def _marked(
         self,
         messages: Sequence[JsonObject],
@@ -407,7 +422,7 @@ def open_training_layout(tokenizer: Tokenizer, choice: str = AUTO, own: bool = T
             f"chats with this model follow {layout.name}, which differs; use --sft plain, or give --chat-template "
             "builtin to train the built-in one"
         )
-    return layout, notes
+    return layout, [*notes, *(layout.slips() if isinstance(layout, TemplateLayout) else [])]
 
 
 def no_dialogue(tokenizer: Tokenizer) -> str:

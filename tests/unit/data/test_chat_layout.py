@@ -330,3 +330,20 @@ def test_tokens_that_a_template_writes_have_the_tokenizers_ids(tmp_path):
     path.write_text(json.dumps({**about, "eos_token": "<_bot>"}))
     with pytest.raises(UserError, match="writes eos_token, which is '<_bot>' by the files beside .* and '<_end>' here"):
         layout_of(folder)
+
+
+@pytest.mark.parametrize(
+    ("template", "says"),
+    [
+        (STABLE, None),
+        (MARKED, None),
+        (STABLE.replace("<_end>", ""), "writes no control token behind an answer, so a model does not learn to end"),
+        (LINES.replace("SAID", " {{ m.content }} (end)"), "writes no control token behind an answer"),
+        (STABLE.replace("{% if add_generation_prompt %}", "{% if true %}"), "opens a further answer behind the last"),
+        ("{{ raise_exception('three turns at least') }}", None),
+    ],
+)
+def test_hardly_meant_ends_of_answers_are_noted_before_training(tmp_path, template, says):
+    _, notes = open_training_layout(load_tokenizer(folder_with(tmp_path, template)))
+    assert "differs from TeleChat2's built-in layout" in notes[0]
+    assert notes[1:] == [] if says is None else says in notes[1] and len(notes) == 2
