@@ -101,8 +101,7 @@ def compare_layouts(
             print(f"{len(tasks)} layouts of {world} ranks with {backends.TITLES[name]}", flush=True)
             where = folder / f"{name}-{world}"
             if code := launch_tasks(name, tasks, where):
-                print(f"tele parity: {world} ranks with {backends.TITLES[name]} ended with {code}", file=sys.stderr)
-                raise SystemExit(code)
+                raise _ended(f"{world} ranks with {backends.TITLES[name]}", code)
             for number, task in enumerate(tasks):
                 outcome = collect(where / str(number), world)
                 found[name, task.name] = judge_layout(name, task, outcome, references)
@@ -167,6 +166,12 @@ def trace_rows(
     options = ["--config", str(file), "--out", str(folder), *(["--resume", str(resume)] if resume else [])]
     code = launch(backend, options, config.parallel.world, folder / "logs")
     if code:
-        print(f"tele parity: training with {backends.TITLES[backend]} ended with code {code}", file=sys.stderr)
-        raise SystemExit(code)
+        raise _ended(f"training with {backends.TITLES[backend]}", code)
     return read_metrics(folder)
+
+
+def _ended(what: str, code: int) -> SystemExit:
+    """What ends the command as its launch ended. Of a mistake in the input (2) the launch has said all, in one line."""
+    if code != 2:
+        print(f"tele parity: {what} ended with code {code}", file=sys.stderr)
+    return SystemExit(code)

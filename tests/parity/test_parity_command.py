@@ -177,3 +177,13 @@ def test_bench_with_real_workers(config, capsys, tmp_path):
     losses = [measured["loss_after_warm_up"] for measured in result["backends"].values()]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)  # both did the work; fp32 rounding is 1e-7
     assert "times PyTorch's step time" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("code", "lines"), [(2, 0), (1, 1), (130, 1)])
+def test_a_launch_that_named_the_mistake_is_not_reported_twice(config, tmp_path, capsys, monkeypatch, code, lines):
+    """As on a full disk: the launch says what to do, in one line, and ends with 2."""
+    monkeypatch.setattr(runs, "launch", lambda *_: code)
+    with pytest.raises(SystemExit) as ended:
+        run(parity, "--config", config, "--steps", 2, "--out", tmp_path)
+    assert ended.value.code == code
+    assert capsys.readouterr().err.count("ended with code") == lines
