@@ -83,6 +83,7 @@ def load_tokenizer(
     control: str = "chat",
     in_vocabulary: bool = False,
     special: Mapping[str, str | None] | None = None,
+    many: bool = False,
 ) -> Tokenizer:
     """Open a ``tokenizer.model``, ``tokenizer.json``, ``vocab.json`` (with ``merges.txt``), or the folder with one.
 
@@ -91,6 +92,7 @@ def load_tokenizer(
     "none"). ``in_vocabulary`` drops ids beyond the file's pieces from the table: such a token is matched as its
     in-vocabulary namesake where there is one, and is ordinary text otherwise. ``special``: kind ("bos", "eos", "pad")
     -> the token's name, for a tokenizer without TeleChat2's pieces; the files beside it say what is not given.
+    ``many``: long texts are to be encoded, so that what they need is loaded at once.
     UserError when the file is missing, is not a tokenizer, or lacks TeleChat2's control pieces.
     """
     if control not in CONTROL_CHOICES:
@@ -107,7 +109,7 @@ def load_tokenizer(
         return open_json(file, control, in_vocabulary, known)
     hint = "" if file.exists() else near_path(file)
     missing = f"no such tokenizer; give a {', '.join(FILES)} or the folder that holds it{hint}"
-    return SentencePieceTokenizer(read_file(file, MAX_MODEL, missing), file, control, in_vocabulary, known)
+    return SentencePieceTokenizer(read_file(file, MAX_MODEL, missing), file, control, in_vocabulary, known, many)
 
 
 def check_vocabulary(tokenizer: Tokenizer, config: ModelConfig) -> None:

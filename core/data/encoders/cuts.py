@@ -19,6 +19,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from telechat_twins.core.data.encoders.pieces import PIECE
 from telechat_twins.core.files.protobuf import fields
 
 SPACE = "\u2581"  # what SentencePiece writes for a space
@@ -29,12 +30,9 @@ _LETTERS = 30_000  # below 2^15; different characters in pieces of several: 112 
 _WINDOW = 4096  # characters at the end of a text that are looked at first
 
 # Of sentencepiece_model.proto: ModelProto, TrainerSpec, NormalizerSpec.
-_PIECE = 1 << 3 | 2
-_SCORE_BYTES, _TYPE_BYTES = 5, 2  # key and value
 _TRAINER, _NORMALIZER = 2, 3
 _MODEL_TYPE, _BPE, _SPACE_AS_SUFFIX, _BYTE_FALLBACK = 3, 2, 24, 35
 _NAME, _CHARACTER_MAP, _DUMMY_PREFIX, _EXTRA_SPACES, _ESCAPED_SPACES = 1, 2, 3, 4, 5
-_FEW = 1024  # pieces that are read one by one
 # Concatenated messages merge: this sets NormalizerSpec.add_dummy_prefix to false.
 WITHOUT_PREFIX = bytes((_NORMALIZER << 3 | 2, 2, _DUMMY_PREFIX << 3, 0))
 
@@ -70,55 +68,24 @@ class Specs:
         return bool(keeps) and self.normalizer.get(_NAME) == b"identity" and not self.normalizer.get(_CHARACTER_MAP)
 
 
-def read_specs(data: bytes, pieces: Sequence[str] = (), special: np.ndarray | None = None) -> Specs:
-    """The specs of a serialized ModelProto; ValueError for bytes that are not one.
-
-    ``pieces``, and for each of them in ``special``, bool, whether it is a control, unknown or byte piece: they save the
-    reading of the pieces one by one, where the bytes show that these are they.
-    """
+def read_specs(data: bytes, start: int = 0) -> Specs:
+    """The specs of a serialized ModelProto; ValueError for bytes that are not one. ``start``: behind its pieces, which
+    come first, or in front of any of them."""
     specs: dict[int, Message] = {_TRAINER: {}, _NORMALIZER: {}}
-    # The pieces come first, those of a user's own among the first of them.
-    start = _passed(data, 0, _FEW)
-    if special is not None:
-        start = _passed_at_once(data, start, pieces[_FEW:], special[_FEW:])
-    start = _passed(data, start, len(data))
-    for number, value in fields(data[start:]):
+    for number, value in fields(data[_passed(data, start) :]):
         if number in specs and isinstance(value, bytes):
             specs[number] |= dict(fields(value))
     return Specs(specs[_TRAINER], specs[_NORMALIZER])
 
 
-def _passed(data: bytes, start: int, most: int) -> int:
-    """Where a serialized ModelProto goes on behind the pieces from ``start`` on, or behind ``most`` of them."""
-    for _ in range(most):
-        if start + 2 >= len(data) or data[start] != _PIECE:
-            break
+def _passed(data: bytes, start: int) -> int:
+    """Where a serialized ModelProto goes on behind the pieces from ``start`` on."""
+    while start + 2 < len(data) and data[start] == PIECE:
         low, high = data[start + 1], data[start + 2]
         if low >= 0x80 <= high:
             break
         start += 2 + low if low < 0x80 else 3 + (low & 0x7F | high << 7)
     return start
-
-
-def _passed_at_once(data: bytes, start: int, pieces: Sequence[str], special: np.ndarray) -> int:
-    """``_passed`` of just these pieces, if each has a name, a score and, of the ``special`` ones alone, a type: then
-    where each should begin, its size is the one that it should have. Else ``start``."""
-    names = np.frombuffer("\0".join([*pieces, ""]).encode(), np.uint8)
-    ends = np.flatnonzero(names == 0)
-    if len(ends) != len(pieces) or not pieces:  # the first: NUL in a name
-        return start
-    lengths = np.diff(ends, prepend=-1) - 1
-    sizes = lengths + np.where(lengths < 0x80, 2, 3) + _SCORE_BYTES + _TYPE_BYTES * special
-    several = sizes >= 0x80
-    heads = 2 + several
-    after = start + np.cumsum(sizes + heads)
-    if after[-1] > len(data):
-        return start
-    found, begins = np.frombuffer(data, np.uint8), after - sizes - heads
-    same = found[begins] == _PIECE
-    same &= found[begins + 1] == np.where(several, sizes & 0x7F | 0x80, sizes)
-    same[several] &= found[begins[several] + 2] == sizes[several] >> 7
-    return int(after[-1]) if same.all() else start
 
 
 class Cutter:

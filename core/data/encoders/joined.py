@@ -16,7 +16,7 @@ import sentencepiece
 
 from telechat_twins.core.data.encoders.cuts import Cutter
 
-_TOGETHER = 1 << 12  # characters of words and marks: merging takes longer than in proportion to the text
+_TOGETHER = 1 << 11  # characters of words and marks: merging takes longer than in proportion to the text
 
 Encode = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
 """Ids of words one after the other, int32, and how many of them each word has, int64."""

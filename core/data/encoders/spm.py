@@ -5,9 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import compress
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import sentencepiece
@@ -28,11 +29,49 @@ from telechat_twins.core.data.control import (
 from telechat_twins.core.data.detokenizer import StreamDecoder
 from telechat_twins.core.data.encoders.cuts import SPACE, WITHOUT_PREFIX, Cutter, Specs, make_cutter, read_specs
 from telechat_twins.core.data.encoders.joined import words_encoder
+from telechat_twins.core.data.encoders.pieces import BYTE, CONTROL, NORMAL, UNKNOWN, PieceTable, read_pieces
 from telechat_twins.core.data.encoders.special import SpecialTokens, encodable, missing_control, missing_special
 from telechat_twins.core.data.encoders.words import Words
 from telechat_twins.core.errors import UserError
 
 _LONG = 20_000  # characters from which finding the cuts pays
+
+
+_Made = TypeVar("_Made")
+
+
+def _begun(make: Callable[[], _Made]) -> Callable[[], _Made]:
+    """Let ``make`` run in a thread, while Python goes on where the library does not need it. What is returned waits for
+    its result, or raises its error."""
+    results: list[_Made] = []
+    errors: list[Exception] = []
+
+    def run() -> None:
+        try:
+            results.append(make())
+        except Exception as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+
+    def result() -> _Made:
+        thread.join()
+        if errors:
+            raise errors[0]
+        return results[0]
+
+    return result
+
+
+def _listed(pieces: sentencepiece.SentencePieceProcessor) -> PieceTable:
+    """The table of pieces as the library has it, for a file whose bytes do not show it."""
+    ids = list(range(pieces.get_piece_size()))
+    types = np.full(len(ids), NORMAL, np.uint8)
+    types[np.frombuffer(bytes(pieces.is_control(ids)), bool)] = CONTROL
+    types[np.frombuffer(bytes(pieces.is_byte(ids)), bool)] = BYTE
+    types[pieces.unk_id()] = UNKNOWN
+    return PieceTable(pieces.id_to_piece(ids), types, 0)
 
 
 class SentencePieceTokenizer:
@@ -41,7 +80,7 @@ class SentencePieceTokenizer:
     ``vocab_size``: pieces in the file. ``control``: name -> id of TeleChat2's control tokens, all inside the vocabulary
     (empty with control "none"). ``matched``: name -> id of what ``allow_control=True`` recognises in text. ``path``,
     ``sha256`` and ``model_bytes`` identify the file. ``special``: beginning, end and padding where they are not
-    TeleChat2's.
+    TeleChat2's. ``many``: long texts are to be encoded, so that what they need is loaded at once.
     """
 
     file_name = "tokenizer.model"
@@ -53,6 +92,7 @@ class SentencePieceTokenizer:
         variant: str,
         in_vocabulary: bool = False,
         special: SpecialTokens | None = None,
+        many: bool = False,
     ):
         self.path = path
         self.model_bytes = model_bytes
@@ -61,10 +101,16 @@ class SentencePieceTokenizer:
         try:
             if not model_bytes:  # of which the library would make a processor without a model
                 raise RuntimeError("empty")
-            self._pieces = sentencepiece.SentencePieceProcessor(model_proto=model_bytes)
+            loading = sentencepiece.SentencePieceProcessor
+            loaded = _begun(functools.partial(loading, model_proto=model_bytes))
+            without_prefix = functools.partial(loading, model_proto=model_bytes + WITHOUT_PREFIX)
+            self._loading_inner = _begun(without_prefix) if many else without_prefix
+            read = read_pieces(model_bytes)  # a damaged name is found out here
+            self._pieces = loaded()
             self.vocab_size: int = self._pieces.get_piece_size()
-            # Those of all at once: a damaged piece is found out here.
-            self._names: list[str] = self._pieces.id_to_piece(list(range(self.vocab_size)))
+            known = read is not None and len(read.names) == self.vocab_size
+            self._read = read if read is not None and known else _listed(self._pieces)
+            self._names: list[str] = self._read.names
         except (RuntimeError, UnicodeDecodeError):
             self.vocab_size = 0
         if not self.vocab_size:
@@ -90,8 +136,7 @@ class SentencePieceTokenizer:
     @functools.cached_property
     def silent(self) -> dict[str, int]:
         """Name -> id of every token that writes no text."""
-        kinds = self._pieces.is_control(list(range(self.vocab_size)))
-        return {**{self._names[i]: i for i, silent in enumerate(kinds) if silent}, **self.control}
+        return {**{self._names[i]: i for i in np.flatnonzero(self._read.types == CONTROL).tolist()}, **self.control}
 
     @property
     def bos_token_id(self) -> int:
@@ -138,8 +183,9 @@ class SentencePieceTokenizer:
         for text in texts:
             encodable(text)
         starts = [True] * len(texts) if begins is None else begins
-        # Of little text the ids are there before the cuts are known.
-        words = None if all(starts) and sum(map(len, texts)) < _LONG else self._words
+        # Of little text the ids are there before the cuts are known, unless they are known already.
+        little = "_words" not in self.__dict__ and all(starts) and sum(map(len, texts)) < _LONG
+        words = None if little else self._words
         if words is None:
             found = self._pieces.encode([*texts], num_threads=1) if texts else []
             return [np.asarray(ids, np.int32) for ids in found]
@@ -220,39 +266,29 @@ class SentencePieceTokenizer:
     @functools.cached_property
     def _specs(self) -> Specs:
         try:
-            return read_specs(self.model_bytes, self._names, self._special_pieces)
+            return read_specs(self.model_bytes, self._read.end)
         except ValueError:  # a file that only the library can read is not cut
             return Specs({}, {})
 
     @functools.cached_property
     def _cutter(self) -> Cutter | None:
-        return make_cutter(self._specs, list(compress(self._names, (~self._special_pieces).tobytes())))
-
-    @functools.cached_property
-    def _special_pieces(self) -> np.ndarray:
-        """Whether text does not become a piece: those of control, of one byte, and the unknown one, bool."""
-        ids = list(range(self.vocab_size))
-        special = np.frombuffer(bytes(self._pieces.is_control(ids)), bool)
-        special = special | np.frombuffer(bytes(self._pieces.is_byte(ids)), bool)
-        special[self._pieces.unk_id()] = True
-        return special
+        return make_cutter(self._specs, list(compress(self._names, (~self._read.special).tobytes())))
 
     @functools.cached_property
     def _inner(self) -> sentencepiece.SentencePieceProcessor:
         """The same model without the space in front of a text."""
         if not self._specs.adds_prefix:
             return self._pieces
-        return sentencepiece.SentencePieceProcessor(model_proto=self.model_bytes + WITHOUT_PREFIX)
+        return self._loading_inner()
 
     @functools.cached_property
     def _words(self) -> Words | None:
         """Encodes word by word; None for a model without exact cuts."""
         if not self._specs.is_bpe:
             return None
-        reading = threading.Thread(target=lambda: self._inner)  # while Python goes on
-        reading.start()
+        inner = _begun(lambda: self._inner)
         cutter = self._cutter
-        reading.join()
+        inner()
         if cutter is None:
             return None
         return Words(cutter, words_encoder(self._inner, cutter))

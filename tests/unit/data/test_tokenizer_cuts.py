@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from telechat_twins.core.data.encoders import cuts, joined, spm, tasks, words
 from telechat_twins.core.data.encoders.cuts import make_cutter, read_specs
 from telechat_twins.core.data.encoders.parallel import encode_blocks
+from telechat_twins.core.data.encoders.pieces import read_pieces
 from telechat_twins.core.data.encoders.tasks import Encoder
 from telechat_twins.core.data.tokenizer import load_tokenizer
 from telechat_twins.core.errors import UserError
@@ -52,6 +53,7 @@ def test_words_are_encoded_in_the_process_itself(monkeypatch):
     tokenizer.encode_batch(["short", "two"])
     assert asked.pop() == (list, 1) and not asked
     tokenizer.encode_batch(["The unusually long words of a text. " * 400, "x" * 9000])
+    tokenizer.encode_batch(["a short text by words that are known, and words that are not"])
     assert len(asked) >= 3 and {*asked} == {(str, None)}
 
 
@@ -133,25 +135,40 @@ def test_long_texts_encode_as_the_whole_or_are_not_cut(tmp_path, monkeypatch, na
             assert [*left, *right] == library.encode(text)
 
 
-@pytest.mark.parametrize("few", [0, 8, 1024])
-def test_pieces_are_passed_over_at_once_only_where_the_bytes_show_them(tmp_path, monkeypatch, few):
-    monkeypatch.setattr(cuts, "_FEW", few)
-    options = {"control_symbols": ["<c>"], "user_defined_symbols": ["中" * 60], "byte_fallback": True}
+@pytest.mark.parametrize("wide", [False, True])
+def test_pieces_are_read_from_the_bytes_as_the_library_has_them(tmp_path, wide):
+    # Names whose bytes look like the beginning of a piece, and such whose sizes take two bytes.
+    symbols = ["\n\x0b\n\x04abcd", "\n\x07\nx", *(["中" * 40, "中" * 43, "x" * 200] if wide else [])]
+    options = {"control_symbols": ["<c>"], "user_defined_symbols": symbols, "byte_fallback": True}
     path = trained(tmp_path, "x", **options)
-    tokenizer, data = load_tokenizer(path, "none"), path.read_bytes()
-    names, special = tokenizer._names, tokenizer._special_pieces
-    own = {i for i, name in enumerate(names) if name in ("<c>", "<s>", "</s>", "<unk>") or tokenizer.byte_of(i)}
-    assert own <= {*np.flatnonzero(special)} and len(own) >= 259
-    begin, end = cuts._passed(data, 0, few), cuts._passed(data, 0, len(data))
-    if few == 8:  # behind the user's own, which has a type and is not special
-        assert cuts._passed_at_once(data, begin, names[few:], special[few:]) == end > begin
-    if few == 0:
-        assert cuts._passed_at_once(data, begin, names, special) == begin
-    for wrong in ([*names[:-1], names[-1] + "x"], [*names, "x"], [], ["\0", *names[1:]]):
-        flags = np.resize(special, len(wrong)) if wrong else special[:0]
-        assert read_specs(data, wrong, flags) == read_specs(data)
-    assert read_specs(data, names, special) == read_specs(data, names, ~special) == read_specs(data)
-    assert read_specs(data[: end - 3], names, special) == read_specs(data[: end - 3])
+    data, library = path.read_bytes(), sentencepiece.SentencePieceProcessor(model_file=str(path))
+    found, ids = read_pieces(data), list(range(library.get_piece_size()))
+    assert found is not None and found.names == library.id_to_piece(ids) and {*symbols} < {*found.names}
+    listed = spm._listed(library)
+    assert found.special.tolist() == listed.special.tolist() and 259 < found.special.sum() < len(ids)
+    assert read_specs(data, found.end) == read_specs(data) != read_specs(data[: found.end])
+    tokenizer = load_tokenizer(path, "none")
+    assert tokenizer._read.end == found.end
+    assert {*tokenizer.silent} == {"<c>", "<s>", "</s>"}
+
+
+def test_bytes_that_are_not_pieces_alone_are_left_to_the_library(tmp_path):
+    path = trained(tmp_path, "x", byte_fallback=True)
+    data, tokenizer = path.read_bytes(), load_tokenizer(path, "none")
+    end = tokenizer._read.end
+    first = data[: 2 + data[1]]
+    other = b"\n\x08\n\x01y\x1d\0\0\0\0"  # a field of another number where the score should be
+    for wrong in (b"", b"\n", b"\x12" + data, data[1:], data[: end - 1], data[:end] + other, other + data):
+        assert read_pieces(wrong) is None
+    assert read_pieces(data[:end]).end == end and read_pieces(first).names == ["<unk>"]
+    # A later piece of a message that was put together from two.
+    twice = data + b"\n\x0b\n\x02yz\x15\0\0\0\0\x18\x04"
+    (tmp_path / "twice.model").write_bytes(twice)
+    again = load_tokenizer(tmp_path / "twice.model", "none")
+    assert again._names == [*tokenizer._names, "yz"] and again._read.end == 0
+    assert again.encode("The fox yz") == sentencepiece.SentencePieceProcessor(model_proto=twice).encode("The fox yz")
+    with pytest.raises(UnicodeDecodeError):
+        read_pieces(first.replace(b"<", b"\xff"))
 
 
 @settings(max_examples=150, deadline=None)
