@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import atexit
-import gc
 import os
 import sys
 
@@ -26,7 +24,7 @@ from telechat_twins.core.launch.run_lock import hold_place
 from telechat_twins.core.shown import message_line, printable
 from telechat_twins.core.types import JsonObject
 
-_kept: list[Tokenizer] = []
+_kept: list[Tokenizer] = []  # the last one: to free its pieces one by one takes as long as to load them
 TEMPLATE_HELP = (
     "builtin: TeleChat2's layout although the tokenizer's folder has a chat template that differs; thinking: the same "
     "for models that reason in <think> tags first"
@@ -135,7 +133,8 @@ def run(args: argparse.Namespace) -> int:
     control = args.control or ("mindformers" if args.sft == "mindformers" else "auto")
     # Packed ids feed an embedding, so a control token beyond the vocabulary must not be made here.
     special = {"bos": args.bos_token, "eos": args.eos_token}
-    tokenizer = load_tokenizer(args.tokenizer, control, in_vocabulary=True, special=special)
+    many = _use(args) == TEXT
+    tokenizer = load_tokenizer(args.tokenizer, control, in_vocabulary=True, special=special, many=many)
     _check_special(args, tokenizer)
     args.layout, notes = _layout(args, tokenizer)
     for note in notes:
@@ -146,16 +145,8 @@ def run(args: argparse.Namespace) -> int:
         _pack(args, tokenizer, reading)
         _print_reading(args, reading)
         _print_samples(args, tokenizer)
-    _keep(tokenizer)
-    return 0
-
-
-def _keep(tokenizer: Tokenizer) -> None:
-    """Leave the tokenizer to the system when the process ends: to free its pieces one by one takes as long as to load
-    them, and what is frozen is neither freed nor looked through."""
     _kept[:] = [tokenizer]
-    atexit.unregister(gc.freeze)
-    atexit.register(gc.freeze)
+    return 0
 
 
 def _check_special(args: argparse.Namespace, tokenizer: Tokenizer) -> None:

@@ -62,6 +62,7 @@ def unsealed() -> str:
 
 
 _HELD = 1 << 14  # bytes that are put into a file at once
+_AHEAD = 1 << 23  # bytes after which the system begins to put them to disk
 
 
 class HashedFile:
@@ -73,6 +74,7 @@ class HashedFile:
         self._bytes = 0
         self._sums, self._block = sums, hashlib.sha256()
         self._held = bytearray()
+        self._begun = 0  # bytes of which the system knows that they are to be on disk
 
     def write(self, data: bytes | memoryview) -> None:
         """Append; short pieces are put into the file together. ``data``: of items of a byte."""
@@ -101,6 +103,17 @@ class HashedFile:
             data = data[fitting:]
             if self._bytes % BLOCK == 0:
                 self._end_block()
+        if self._bytes - self._begun >= _AHEAD:
+            self._begin_to_store()
+
+    def _begin_to_store(self) -> None:
+        """Let the system put to disk what is new, while more is made: ``close`` would wait for all of it."""
+        self._file.flush()
+        # Linux begins to write what it is told to drop, and drops only what is on disk; elsewhere it is advice at most.
+        if hasattr(os, "posix_fadvise"):
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(self._file.fileno(), self._begun, self._bytes - self._begun, os.POSIX_FADV_DONTNEED)
+        self._begun = self._bytes
 
     def close(self) -> JsonObject:
         """Everything to disk; the file's facts for meta.json. The file of the sums is closed after this one."""

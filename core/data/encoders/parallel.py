@@ -64,6 +64,7 @@ class _Worker:
 
     def __init__(self, process: ForkProcess, pipe: Connection, places: list[int]):
         self.process, self.pipe, self.free = process, pipe, places
+        self.given = 0  # tasks of which nothing came back yet
 
 
 class _Pool:
@@ -112,11 +113,19 @@ class _Pool:
                 task = next(tasks, None)
             except UserError as wrong:  # what was read before it may be at fault, too
                 task, error = None, wrong
-            if task is not None:
+            if task is None:
+                self._finish()
+            else:
                 self._give(given, task)
                 given += 1
         if error is not None:
             raise error
+
+    def _finish(self) -> None:
+        """Let each process end behind its last task: to give its memory back takes it some milliseconds."""
+        for worker in self._workers:
+            with contextlib.suppress(OSError):  # one that is lost is noticed by what it owes
+                worker.pipe.send(None)
 
     def close(self) -> None:
         """End the processes."""
@@ -139,6 +148,7 @@ class _Pool:
                     worker.pipe.send((number, place, wired if len(wired) <= _MESSAGE else len(wired)))
                 except OSError:
                     raise UserError(_LOST) from None
+                worker.given += 1
                 return
         self._own += 1
         found: Encoded | Exception
@@ -153,14 +163,16 @@ class _Pool:
         """What the processes have done so far; with None for ``seconds``, wait until there is something."""
         from multiprocessing.connection import wait
 
-        ready = wait([worker.pipe for worker in self._workers], seconds)
-        for worker in self._workers:
+        busy = [worker for worker in self._workers if worker.given]
+        ready = wait([worker.pipe for worker in busy], seconds)
+        for worker in busy:
             if worker.pipe not in ready:
                 continue
             try:
                 number, place, ids, read, error = worker.pipe.recv()
             except (EOFError, OSError):
                 raise UserError(_LOST) from None
+            worker.given -= 1
             found = error or Encoded(*(_arrays(self._memory, place, *ids) if isinstance(ids[0], int) else ids))
             self._done[number] = found, read, (worker, place)
 
@@ -197,8 +209,8 @@ def _serve(pipe: Connection, others: list[Connection], memory: mmap.mmap, encode
             signal.signal(number, signal.SIG_DFL)
     gc.freeze()  # what the parent has made is not looked through again
     with contextlib.suppress(EOFError, OSError):
-        while True:
-            number, place, wired = pipe.recv()
+        while (given := pipe.recv()) is not None:
+            number, place, wired = given
             pipe.send(_work(number, place, wired, memory, encoder))
 
 

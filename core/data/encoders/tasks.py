@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Characters, or bytes of unread rows, of a task: enough to make the way to another process short, few enough that
 # little waits in memory.
 TASK = 1 << 20
-_SMALL = 1 << 16  # of a task near the end of the input
+_SMALL = 1 << 14  # of a task near the end of the input
 _PARTS = 4096  # of a task at most
 _UNCUT = 1 << 24  # characters of a document that are held until a place to cut is found
 

@@ -171,6 +171,29 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
     assert tele.wait() == 1
 
 
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_process_that_ends_at_once_has_written_all(closed: bool, tmp_path: Path) -> None:
+    made = (
+        "import atexit, sys; from telechat_twins.core import cli; atexit.register(print, 'freed', file=sys.stderr)\n"
+        "cli.main = lambda: print('x' * 900) or 3\nsys.argv = ['tele', sys.argv[1]]\ncli.process()"
+    )
+    for verb, last in (("data", ""), ("train", "freed\n")):
+        out = (tmp_path / "out").open("w+b")
+        reader, writer = os.pipe()
+        os.close(reader)
+        words = [sys.executable, "-c", made, verb]
+        buffered = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+        done = subprocess.run(
+            words, cwd=ROOT, env=buffered, stdout=writer if closed else out, stderr=subprocess.PIPE, text=True
+        )
+        os.close(writer)
+        out.seek(0)
+        if closed:  # as the interpreter ends otherwise
+            assert done.returncode == 120 and "BrokenPipeError" in done.stderr
+        else:
+            assert (done.returncode, done.stderr, out.read()) == (3, last, b"x" * 900 + b"\n")
+
+
 @pytest.mark.parametrize("encoding", ["gbk", "ascii", "utf-8"])
 def test_what_the_terminal_cannot_write_is_escaped(encoding: str) -> None:
     said = "\u4e2d\u27e6\U0001f600\udcff"

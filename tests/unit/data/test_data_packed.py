@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from telechat_twins.core.data import packed
+from telechat_twins.core.data import packed, packed_files
 from telechat_twins.core.data.packed import PackedDataset, PackedWriter, token_dtype, verify
 from telechat_twins.core.data.packed_files import BLOCK
 from telechat_twins.core.errors import UserError
@@ -374,3 +374,26 @@ def test_a_full_disk_is_the_users_to_mend(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=says), PackedWriter(tmp_path / "d", tiny_tokenizer(), "text") as writer:
         writer.start_document()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_large_file_is_put_to_disk_while_it_grows(tmp_path, monkeypatch):
+    """Each byte is asked for once, and a system that does not take the advice changes nothing."""
+    asked = []
+
+    def advise(_: int, begin: int, size: int, __: int) -> None:
+        asked.append((begin, begin + size))
+        if len(asked) == 2:
+            raise OSError(22, "Invalid argument")
+
+    monkeypatch.setattr(packed_files, "_AHEAD", 100_000)
+    monkeypatch.setattr(packed_files.os, "posix_fadvise", advise)
+    sums = packed_files.HashedFile(tmp_path / "sums")
+    file, data = packed_files.HashedFile(tmp_path / "x", sums), os.urandom(777_777)
+    for begin in range(0, len(data), 25_000):
+        file.write(data[begin : begin + 25_000])
+    facts = file.close()
+    sums.close()
+    assert [begin for begin, _ in asked] == [0, *(end for _, end in asked[:-1])] and len(asked) == 7
+    assert (tmp_path / "x").read_bytes() == data
+    assert facts == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    assert (tmp_path / "sums").stat().st_size == 32 * -(-len(data) // BLOCK)

@@ -138,7 +138,7 @@ def test_tasks_grow_smaller_toward_the_end() -> None:
     pace.left = 4 << 20
     assert pace.size() == 1 << 19
     pace.left = 0
-    assert pace.size() == 1 << 16 and Pace(0, 1).size() == tasks.TASK
+    assert pace.size() == 1 << 14 and Pace(0, 1).size() == tasks.TASK
 
 
 def test_others_notice_what_one_process_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,6 +209,21 @@ def test_a_lost_process_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parallel, "_work", _dies)
     with pytest.raises(UserError, match="a worker process ended"):
         list(encode_blocks([Block("a", "some words of text") for _ in range(50)], Encoder(tiny_tokenizer()), 2))
+
+
+def test_processes_end_by_themselves_behind_their_last_task(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tasks, "TASK", 10)
+    close, codes = parallel._Pool.close, []
+
+    def closed(self: parallel._Pool) -> None:
+        for worker in self._workers:
+            worker.process.join(20)
+            codes.append(worker.process.exitcode)
+        close(self)
+
+    monkeypatch.setattr(parallel._Pool, "close", closed)
+    list(encode_blocks([Block("a", "some words of text") for _ in range(50)], Encoder(tiny_tokenizer()), 3))
+    assert codes == [0, 0]
 
 
 def _dies(*task: Any) -> parallel._Found:
