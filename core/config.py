@@ -312,8 +312,8 @@ def load_run_config(
 
     ``model_of`` returns the model of a folder (None: unknown): where ``train.init`` is set, it gives the fields that
     ``model:`` does not name. UserError names the file and the line of a key, too.
-    Relative paths of data and of ``train.init`` count from the file's folder, or where a bundled run was found by name
-    as if its configs/ were in the working folder: ../../data/tiny is ./data/tiny.
+    Relative paths of data, of tasks' folders and of ``train.init`` count from the file's folder, or where a bundled run
+    was found by name as if its configs/ were in the working folder: ../../data/tiny is ./data/tiny.
     """
     tree = load_run_tree(path, overrides)
     train = tree.get("train")

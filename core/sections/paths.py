@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
@@ -15,7 +16,8 @@ _VARIABLE = re.compile(r"\$(\{|[A-Za-z_])")
 
 
 def anchor_paths(tree: JsonObject, folder: Path, normalise: bool = False) -> None:
-    """Make paths of sources and train.init absolute, from ``folder``; ``normalise`` when that may not exist."""
+    """Make paths of sources, of a task's folders and train.init absolute, from ``folder``; ``normalise`` when that may
+    not exist."""
     for holder, key, _ in _paths(tree):
         if holder[key] and not holder[key].startswith("~") and not _ADDRESS.match(holder[key]):
             holder[key] = _joined(folder, holder[key], normalise)
@@ -36,11 +38,19 @@ def check_paths(tree: JsonObject) -> None:
         holder[key] = path
 
 
-def _paths(tree: JsonObject) -> Iterator[tuple[JsonObject, str, str]]:
-    """(mapping, its key, dotted name) of every path that is text."""
+def _paths(tree: JsonObject) -> Iterator[tuple[Any, str | int, str]]:
+    """(mapping or list, its key, dotted name) of every path that is text."""
     train = tree.get("train")
     if isinstance(train, dict) and isinstance(train.get("init"), str):
         yield train, "init", "train.init"
+    given = tree.get("eval")
+    if isinstance(given, dict):
+        if isinstance(given.get("task_data"), str):
+            yield given, "task_data", "eval.task_data"
+        include = given.get("task_include")
+        for n, folder in enumerate(include if isinstance(include, list) else ()):
+            if isinstance(folder, str):
+                yield include, n, f"eval.task_include[{n}]"
     stages = train.get("stages") if isinstance(train, dict) else None
     holders = [(tree.get("data"), "data"), (tree.get("eval"), "eval")]
     holders += [(stage, f"train.stages[{n}]") for n, stage in enumerate(stages if isinstance(stages, list) else ())]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from telechat_twins.core.config import run_config_from_dict
+from telechat_twins.core.config import load_run_config, run_config_from_dict
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.train import loop, records
 from telechat_twins.core.train.heldout import scores
@@ -218,6 +218,22 @@ def test_a_signal_ends_the_evaluation_and_the_run(tmp_path, monkeypatch, capsys,
     stand_in(monkeypatch, STAND_IN.replace("FAILS", "-1"))
     loop.train(Stepper, config_of(), tmp_path, resume="auto")
     assert [row["step"] for row in read_metrics(tmp_path) if "tasks/arc/acc" in row] == [2, 4, 5]
+
+
+def test_folders_of_tasks_count_from_the_folder_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir("/")
+    file = tmp_path / "runs" / "run.yaml"
+    file.parent.mkdir()
+    section = "eval: {tasks: [arc], task_data: ../sets, task_include: [mine, ~/more, /all]}\n"
+    train = "train: {steps: 2, global_batch: 2, micro_batch: 1}\noptim: {lr: 1e-3}\n"
+    data = "model: {preset: telechat2-tiny}\ndata: {sources: [{path: packed}], seq_len: 16}\n"
+    file.write_text(data + train + section)
+    found = load_run_config(file).eval
+    assert found.task_data == str(tmp_path / "sets")
+    assert found.task_include == [str(tmp_path / "runs" / "mine"), str(Path.home() / "more"), "/all"]
+    file.write_text(file.read_text().replace("../sets", "hdfs://sets"))
+    with pytest.raises(UserError, match="eval.task_data: hdfs://sets is an address"):
+        load_run_config(file)
 
 
 @pytest.mark.parametrize(
