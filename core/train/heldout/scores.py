@@ -42,9 +42,19 @@ SHOWN = 160  # characters of a continuation on the console
 Command = Callable[[list[str]], list[str]]  # words of `tele` -> command line
 
 
+# No preexec_fn: the ranks of a run have many threads, after whose fork no Python should run before an exec.
+_BOUND = """\
+import sys
+from telechat_twins.core.launch.worker import die_with_parent
+die_with_parent(int(sys.argv.pop(1)))
+from telechat_twins.core.cli import main
+sys.exit(main())
+"""
+
+
 def tele(words: list[str]) -> list[str]:
-    """The command line of `tele` in this installation."""
-    return [sys.executable, "-m", "telechat_twins.core.cli", *words]
+    """The command line of `tele` in this installation, which ends when this process does, even by SIGKILL."""
+    return [sys.executable, "-c", _BOUND, str(os.getpid()), *words]
 
 
 def check_folders(config: RunConfig) -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from telechat_twins.core.config import load_run_config, run_config_from_dict
@@ -15,6 +17,7 @@ from telechat_twins.core.train import loop, records
 from telechat_twins.core.train.heldout import scores
 from telechat_twins.core.train.heldout.scores import SAMPLES, CheckpointScores, open_scores, samples_of
 from telechat_twins.core.train.metrics import last_row, plot_losses, read_metrics
+from tests.campaigns.killing import ROOT
 from tests.support.numpy_stepper import Cluster, MemoryBlend, NumpyStepper, run_config
 
 # What `tele` would do: a score that grows with the step, and a continuation; it checks that the checkpoint is there.
@@ -217,6 +220,20 @@ def test_a_signal_ends_the_evaluation_and_the_run(tmp_path, monkeypatch, capsys,
     stand_in(monkeypatch, STAND_IN.replace("FAILS", "-1"))
     loop.train(Stepper, config_of(), tmp_path, resume="auto")
     assert [row["step"] for row in read_metrics(tmp_path) if "tasks/arc/acc" in row] == sorted({step, 2, 4, 5})
+
+
+def test_an_evaluation_ends_with_a_killed_run(tmp_path: Path) -> None:
+    """A stand-in for the rank starts `tele` as a run does, here one that would take a minute, and is killed."""
+    code = "import subprocess, time; from telechat_twins.core.train.heldout.scores import tele; words = tele(['x'])\n"
+    code += "words[2] = words[2].replace('from telechat_twins.core.cli import main', "
+    code += "'import time; print(1, flush=True); main = lambda: time.sleep(60)')\n"
+    code += "print(subprocess.Popen(words).pid, flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT) as rank:
+        assert rank.stdout is not None
+        child = psutil.Process(int(rank.stdout.readline()))
+        assert rank.stdout.readline() == "1\n"  # it runs, and is bound
+        rank.kill()
+        child.wait(30)
 
 
 def test_folders_of_tasks_count_from_the_folder_of_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
