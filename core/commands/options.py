@@ -238,6 +238,8 @@ def add_harness_arguments(parser: argparse.ArgumentParser) -> None:
     for action in parser._actions:
         if action.dest == "backend":
             action.required = False  # or --backends
+        elif action.dest == "precision":
+            action.help = "arithmetic (fp32); fp64: to compare log-likelihoods beyond fp32's rounding"
     parser.add_argument(
         "--backends", nargs="+", choices=sorted(backends.BACKENDS), help="several, and their differences item by item"
     )

@@ -22,6 +22,7 @@ from telechat_twins.core.eval.scorer import Likelihood, Pair, Scorer, rolling_wi
 from telechat_twins.core.inference.requests import Request
 from telechat_twins.core.inference.sampling import SamplingConfig, sampling_config
 from telechat_twins.core.model.config import ModelConfig
+from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
 
 MAX_NEW = 256  # tokens of an answer, where a task does not say; the harness's own number
@@ -165,7 +166,11 @@ class EngineModel(TemplateLM):
         return [_likelihood(self._journal.found[key]) for key in keys]
 
     def _fitted(self, pair: Pair) -> Pair:
-        kept = truncated(pair, self.max_length)
+        try:
+            kept = truncated(pair, self.max_length)
+        except UserError as error:
+            text = self._served.tokenizer.decode(list(pair.continuation[:20]))
+            raise UserError(f"{shown(text)} ...: {error}") from None
         self.cut += kept.context != pair.context
         return kept
 
@@ -173,12 +178,19 @@ class EngineModel(TemplateLM):
         """The engine's request for a context and a task's generation options."""
         given = dict(options)
         until = given.pop("until", None) or []
-        stops = [until] if isinstance(until, str) else list(until)
+        stops = list(until) if isinstance(until, (list, tuple)) else [until]
+        if not all(isinstance(stop, str) for stop in stops if stop):
+            raise UserError(f"until: must be texts, found {shown(until)}; correct the task's generation_kwargs")
         new = next((given.pop(name) for name in NAMES if given.get(name) is not None), MAX_NEW)
         for name in NAMES:
             given.pop(name, None)
         sampling = _sampling(given)
-        new = int(new)
+        try:
+            new = int(new)
+        except (TypeError, ValueError):
+            raise UserError(
+                f"max_gen_toks: must be a whole number, found {shown(new)}; correct the task's generation_kwargs"
+            ) from None
         if not 0 < new < self.max_length:
             raise UserError(
                 f"max_gen_toks: must be 1 to {self.max_length - 1}, found {new}; give a larger --max-len, or the task "

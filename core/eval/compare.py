@@ -13,6 +13,7 @@ SHOWN = 20  # flips and different texts that are listed for a task
 # How far a backend's float32 log-likelihood may be from exact arithmetic, in nats and as a share of its size
 # (docs/evaluation.md, "How exact").
 ROUNDING, RELATIVE_ROUNDING = 1e-5, 1e-6
+SETTLED = "--precision fp64 (with another --out) tells which choice exact arithmetic makes"
 
 
 def compare_items(first: Sequence[JsonObject], second: Sequence[JsonObject]) -> JsonObject:
@@ -64,6 +65,16 @@ def _add(entry: JsonObject, left: JsonObject, right: JsonObject) -> None:
         _listed(entry["texts"], {"item": left["item"], "answers": [left["answers"], right["answers"]]})
 
 
+def is_close(answers: Sequence[object]) -> bool:
+    """Whether two choices of an item are ahead of all others and apart by less than float32's rounding of both, but not
+    equal: what is read twice is equal in any precision."""
+    values = [value for answer in answers if (value := _likelihood(answer)) is not None]
+    if len(values) < 2 or len(values) < len(answers):
+        return False
+    first, second = sorted(values)[:-3:-1]
+    return 0 < first - second <= sum(max(ROUNDING, RELATIVE_ROUNDING * abs(x)) for x in (first, second))
+
+
 def _listed(found: list[JsonObject], entry: JsonObject) -> None:
     if len(found) < SHOWN:
         found.append(entry)
@@ -90,8 +101,8 @@ def _likelihood(answer: object) -> float | None:
     return float(answer) if isinstance(answer, (int, float)) and not isinstance(answer, bool) else None
 
 
-def lines(names: tuple[str, str], tasks: Mapping[str, JsonObject]) -> list[str]:
-    """The lines of the console."""
+def lines(names: tuple[str, str], tasks: Mapping[str, JsonObject], precision: str = "fp64") -> list[str]:
+    """The lines of the console. ``precision``: of both evaluations."""
     found = [f"{' against '.join(names)}, item by item:"]
     for name, entry in tasks.items():
         parts = [f"{entry['items']} items"]
@@ -107,4 +118,6 @@ def lines(names: tuple[str, str], tasks: Mapping[str, JsonObject]) -> list[str]:
                 f"    item {flip['item']}: choice {flip['choices'][0]} by {flip['margins'][0]:.2e}, "
                 f"{flip['choices'][1]} by {flip['margins'][1]:.2e}"
             )
+    if precision != "fp64" and any(entry["flipped"] for entry in tasks.values()):
+        found.append(f"  {SETTLED}")
     return found

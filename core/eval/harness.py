@@ -1,10 +1,9 @@
-"""Run of lm-evaluation-harness's tasks on a model: which tasks there are, one task after another, and their results."""
+"""Run of lm-evaluation-harness's tasks on a model: one task after another, and their results."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
-import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +14,6 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.eval.local_data import local_data
 from telechat_twins.core.eval.presets import PRESETS, TaskPlan
 from telechat_twins.core.eval.task_errors import task_errors, unsafe
-from telechat_twins.core.near import nearest
 from telechat_twins.core.types import JsonObject
 
 if TYPE_CHECKING:
@@ -23,7 +21,6 @@ if TYPE_CHECKING:
 
     from telechat_twins.core.eval.adapter import EngineModel
 
-OWN_TASKS = Path(__file__).with_name("task_files")
 BOOTSTRAPS = 1000  # for the standard errors of metrics that are not means
 UNSAFE = ("humaneval", "mbpp")  # run the code that the model writes
 SENTENCES = ("ifeval", "leaderboard_ifeval", "leaderboard")  # count sentences by NLTK's table, which no package has
@@ -60,6 +57,8 @@ def require_harness() -> None:
         import datasets  # noqa: F401  # its pyarrow, where it is newer than the extra's, refuses numpy 1.26
     except ImportError as error:
         raise UserError(f"lm_eval: cannot be used here ({error}); run: {install_command('eval')}") from None
+    except OSError as error:
+        raise UserError(f"lm_eval: cannot be imported here ({error.strerror or error}); free some space") from None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
 
 
@@ -72,38 +71,6 @@ def plan_tasks(texts: Sequence[str], shots: int | None) -> list[TaskPlan]:
     if not plans:
         raise UserError(f"--tasks: names at least one task or preset ({', '.join(PRESETS)})")
     return list(plans.values())
-
-
-def open_tasks(plans: Sequence[TaskPlan], include: Sequence[Path]) -> TaskManager:
-    """The harness's index of tasks. UserError names an unknown task and the nearest known one.
-
-    The harness's own 14,000 take seconds to index, and are left out where ours and ``include`` have all that is named.
-    """
-    from lm_eval.tasks import TaskManager
-
-    for folder in include:
-        if not folder.is_dir():
-            found = f"is a file; give {folder.parent}, which holds it" if folder.is_file() else "no such folder"
-            raise UserError(f"--include {folder}: {found}")
-    paths = [OWN_TASKS, *include]
-    manager = TaskManager(include_path=paths, include_defaults=False)
-    if any(plan.name not in manager.task_index for plan in plans):
-        manager = TaskManager(include_path=paths)
-    for plan in plans:
-        if plan.name not in manager.task_index:
-            if (file := _unread(plan.name, include)) is not None:
-                raise UserError(f"{file}: names the task '{plan.name}', but is not read: correct its YAML or include")
-            near = nearest(plan.name, [*manager.all_tasks, *PRESETS])
-            hint = f"did you mean '{near}'?" if near else "`lm-eval ls tasks` lists the harness's"
-            raise UserError(f"--tasks: unknown task '{plan.name}'; {hint}")
-    return manager
-
-
-def _unread(name: str, include: Sequence[Path]) -> Path | None:
-    """The file of ``include`` that names a task; the harness passes over files that it cannot read without a word."""
-    line = re.compile(rf"^\W*(task|group)\W+{re.escape(name)}\W*$", re.MULTILINE)
-    files = sorted(file for folder in include for file in folder.rglob("*.yaml") if file.is_file())
-    return next((file for file in files if line.search(file.read_text("utf-8", "replace"))), None)
 
 
 def run_task(plan: TaskPlan, model: EngineModel, manager: TaskManager, options: RunOptions) -> JsonObject:
@@ -176,7 +143,9 @@ def _require_sentences(name: str, data: Path | None) -> None:
 
 @contextlib.contextmanager
 def _bars(quiet: bool) -> Iterator[None]:
-    """The harness's own bars, which it has no option for, as they are or not at all."""
+    """The harness's own bars, which it has no option for, as they are or not at all; never what it prints of standard
+    errors between the results."""
+    import lm_eval.api.metrics
     import lm_eval.api.model
     import lm_eval.api.task
 
@@ -188,6 +157,7 @@ def _bars(quiet: bool) -> Iterator[None]:
 
     for module in modules if quiet else ():
         module.tqdm = silent
+    lm_eval.api.metrics.print = lambda *_: None  # "bootstrapping for stddev" on stdout
     import datasets
 
     shown = datasets.is_progress_bar_enabled()
@@ -200,3 +170,4 @@ def _bars(quiet: bool) -> Iterator[None]:
             datasets.enable_progress_bars()
         for module, bar in zip(modules, before, strict=True):
             module.tqdm = bar
+        del lm_eval.api.metrics.print

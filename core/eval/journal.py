@@ -5,6 +5,7 @@ A line a request: the digest of what was asked, and the answer. The first line n
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -47,13 +48,21 @@ class Journal:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # of a write that has been told already
+            self._file.close()
 
     def put(self, digest: str, answer: object) -> None:
-        """Record an answer: a JSON value."""
+        """Record an answer: a JSON value. UserError where the system refuses it, as on a full disk."""
         self.found[digest] = answer
-        self._file.write(json.dumps([digest, answer], ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n")
-        self._file.flush()
+        line = json.dumps([digest, answer], ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n"
+        try:
+            self._file.write(line)
+            self._file.flush()
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: an answer cannot be written ({error.strerror}); the answers before it are kept: free "
+                "some space, and repeat the command to continue"
+            ) from None
 
     def _read(self, head: str) -> None:
         first, *lines = self.path.read_bytes().split(b"\n")

@@ -11,9 +11,10 @@ from pathlib import Path
 from telechat_twins.core import backends
 from telechat_twins.core.checkpoint.adapter import Adapter
 from telechat_twins.core.checkpoint.source import OpenReader
-from telechat_twins.core.eval.harness import open_tasks, require_harness
+from telechat_twins.core.eval.harness import require_harness
 from telechat_twins.core.eval.presets import TaskPlan
 from telechat_twins.core.eval.session import LoadModel, cache_pages, evaluate_one
+from telechat_twins.core.eval.task_index import open_tasks
 from telechat_twins.core.inference.adapters import pair_reader
 from telechat_twins.core.inference.engine import Engine, EngineLimits
 from telechat_twins.core.inference.followers import Leader, follow, shard_reader

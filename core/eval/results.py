@@ -79,7 +79,7 @@ def markdown(facts: JsonObject, tasks: Mapping[str, JsonObject]) -> str:
     head = ["task", "shots", "metric", "items", "score", "± stderr", *models]
     lines = [f"# {facts.get('checkpoint', 'model')} ({facts.get('backend', '')}, {facts.get('precision', '')})", ""]
     lines += ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
-    for name, task in tasks.items():
+    for name, task in _rows(tasks):
         cells = [name, task["shots"], (task["metric"] or "").partition(",")[0], task["items"], _share(task, "score")]
         cells += [_share(task, "stderr"), *(task["published"].get(model, "") for model in models)]
         lines.append("| " + " | ".join("" if cell is None else str(cell) for cell in cells) + " |")
@@ -91,15 +91,26 @@ def markdown(facts: JsonObject, tasks: Mapping[str, JsonObject]) -> str:
 
 def table(tasks: Mapping[str, JsonObject]) -> list[str]:
     """The lines of the console."""
-    width = max(map(len, tasks), default=4) + 2
-    lines = [f"{'task':<{width}}{'shots':>6}{'items':>8}{'score':>10}{'stderr':>9}  metric"]
-    for name, task in tasks.items():
-        shots = "" if task["shots"] is None else task["shots"]
+    width = max((len(name) for name, _ in _rows(tasks)), default=4) + 2
+    lines = [f"{'task':<{width}}{'shots':>6}{'items':>8}{'score':>10}{'stderr':>11}  metric"]
+    for name, task in _rows(tasks):
+        shots, count = "" if task["shots"] is None else task["shots"], task["items"] or ""
         score, error = _share(task, "score"), _share(task, "stderr") or ""
         metric = (task["metric"] or "").partition(",")[0]
         published = "".join(f"  ({model} {value})" for model, value in task["published"].items())
-        lines.append(f"{name:<{width}}{shots:>6}{task['items']:>8}{score or '-':>10}{error:>9}  {metric}{published}")
+        lines.append(f"{name:<{width}}{shots:>6}{count:>8}{score or '-':>10}{error:>11}  {metric}{published}")
     return lines
+
+
+def _rows(tasks: Mapping[str, JsonObject]) -> Iterator[tuple[str, JsonObject]]:
+    """The rows of a table: all tasks, and the parts of a group that has no score of its own."""
+    for name, task in tasks.items():
+        yield name, task
+        for part, values in task["parts"].items() if task["score"] is None else ():
+            if (key := _score_key(None, values)) is not None:
+                error = values.get(key.replace(",", "_stderr,", 1))
+                row = {"shots": None, "items": None, "metric": key, "score": values[key], "stderr": error}
+                yield f"- {part}", {**row, "published": {}}
 
 
 def _share(task: JsonObject, key: str) -> str | None:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING
 from tqdm import tqdm
 
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.eval.compare import compare_items, lines
-from telechat_twins.core.eval.harness import RunOptions, open_tasks, run_task
+from telechat_twins.core.eval.compare import SETTLED, compare_items, is_close, lines
+from telechat_twins.core.eval.harness import RunOptions, run_task
 from telechat_twins.core.eval.identity import identity_of
 from telechat_twins.core.eval.journal import Journal
 from telechat_twins.core.eval.presets import TaskPlan
 from telechat_twins.core.eval.results import items, read_items, summarised, table, write_results
+from telechat_twins.core.eval.task_index import open_tasks, spelt_out
 from telechat_twins.core.files.atomic import write_text
 from telechat_twins.core.inference.engine import Engine, EngineLimits
 from telechat_twins.core.inference.generation import note_length
@@ -72,6 +73,7 @@ def evaluate(
     ``load_model``: core.commands.options's; ``launch``: runs the ranks of a job file.
     """
     manager = open_tasks(plans, include)
+    plans = spelt_out(plans, manager)
     found: dict[str, list[JsonObject]] = {}
     require_out(args)
     out = Path(args.out)
@@ -89,7 +91,7 @@ def evaluate(
                 model = load_model(one, "a text of a task", {} if args.adapter is None else {"": args.adapter})
                 found[name] = evaluate_one(one, plans, manager, Path(one.out), model, _engine_of(one))
         if len(names) > 1:
-            _compare(out, (names[0], names[1]), found)
+            _compare(out, (names[0], names[1]), found, args.precision)
     return 0
 
 
@@ -133,17 +135,34 @@ def evaluate_one(
         for plan in plans:
             adapter.cut = adapter.crossed = 0
             found = run_task(plan, adapter, manager, _options(args))
-            tasks[plan.name] = {**summarised(plan, found), "cut": adapter.cut, "crossed": adapter.crossed}
-            rows += items(found)
-            if adapter.cut:
-                note = f"{plan.name}: {adapter.cut} requests were cut from the left to {max_len} tokens (--max-len)"
-                print(f"note: {note}", file=sys.stderr)
-            if adapter.crossed:
-                note = f"{plan.name}: in {adapter.crossed} requests a token lies over the border of context and choice"
-                print(f"note: {note}; the harness then scores a part of the choice", file=sys.stderr)
+            answered = list(items(found))
+            counts = {"cut": adapter.cut, "crossed": adapter.crossed, "close": _close(answered, args.precision)}
+            tasks[plan.name] = {**summarised(plan, found), **counts}
+            rows += answered
+            for note in _notes(counts, max_len):
+                print(f"note: {plan.name}: {note}", file=sys.stderr)
             write_results(out, facts, tasks, rows)  # after each task: nothing is lost
     print(*table(tasks), sep="\n")
     return rows
+
+
+def _close(answered: Sequence[JsonObject], precision: str) -> int:
+    """Items whose choice float32's rounding could turn over, where that is the precision."""
+    close = {(row["task"], row["item"]) for row in answered if is_close(row["answers"])}
+    return len(close) if precision == "fp32" else 0
+
+
+def _notes(counts: Mapping[str, int], max_len: int) -> Iterator[str]:
+    """What is to be said of a task by its ``cut``, ``crossed`` and ``close``."""
+    if counts["cut"]:
+        yield f"{counts['cut']} requests were cut from the left to {max_len} tokens (--max-len)"
+    if counts["crossed"]:
+        yield (
+            f"in {counts['crossed']} requests a token lies over the border of context and choice; the harness then "
+            "scores a part of the choice"
+        )
+    if counts["close"]:
+        yield f"in {counts['close']} items two choices are closer than fp32 rounds; {SETTLED}"
 
 
 def _options(args: argparse.Namespace) -> RunOptions:
@@ -190,7 +209,7 @@ def _bars(quiet: bool):  # type: ignore[no-untyped-def]  # adapter.OpenBar, whic
     return bar
 
 
-def _compare(out: Path, names: tuple[str, str], found: dict[str, list[JsonObject]]) -> None:
+def _compare(out: Path, names: tuple[str, str], found: dict[str, list[JsonObject]], precision: str) -> None:
     tasks = compare_items(found[names[0]], found[names[1]])
-    print(*lines(names, tasks), sep="\n")
+    print(*lines(names, tasks, precision), sep="\n")
     write_text(out / "differences.json", json.dumps({"backends": names, "tasks": tasks}, indent=2) + "\n")

@@ -20,6 +20,7 @@ from telechat_twins.core.types import JsonObject
 _OURS = "telechat_twins."  # an error inside the model is not the data's
 _TOO_FEW = re.compile(r"samples requested exceeds the \d+|[Ss]ample larger than population|no documents available for")
 _MARKED_UNSAFE = "which is marked as unsafe"  # the harness's words for a task file with `unsafe_code: true`
+_EVALUATOR = "lm_eval.evaluator"
 _TASK, _FACTORY = "lm_eval.api.task", "lm_eval.tasks._factory"
 _STEPS = ("doc_to_text", "doc_to_target", "doc_to_choice", "process_docs", "process_results")
 
@@ -76,9 +77,14 @@ def task_errors(name: str, data: Path | None, sets: LocalSets) -> Iterator[None]
                 "more rows in the split that it takes them from"
             ) from None
         found = _row_of(error.__traceback__, sets)
-        if found is None and _builds(error.__traceback__):
+        if found is None and _inside(error.__traceback__, _FACTORY):
             what = _said(error)
             raise UserError(f"{name}: the harness cannot make a task of its file ({what}); correct the file") from None
+        inside = [_inside(error.__traceback__, module) for module in (_EVALUATOR, _OURS + "core.eval.adapter")]
+        if found is None and inside == [True, False]:
+            raise UserError(
+                f"{name}: the harness cannot run it ({_said(error)}); correct its file, functions or filters"
+            ) from None
         if found is None:
             raise
         doc, place, step, template = found
@@ -124,13 +130,15 @@ def _said(error: Exception) -> str:
     metric = trace.tb_frame.f_locals.get("metric_name") if trace is not None else None
     if isinstance(error, KeyError) and error.args == (None,) and metric:
         return f"it knows no metric '{metric}'"
+    if isinstance(error, IndexError) and "out of bounds for size 0" in str(error):
+        return "no row is left of its split; see process_docs"
     return f"{type(error).__name__}: {str(error.args[0] if isinstance(error, KeyError) else error)[:200]}"
 
 
-def _builds(trace: TracebackType | None) -> bool:
-    """Whether an error is one of building a task from its file."""
+def _inside(trace: TracebackType | None, module: str) -> bool:
+    """Whether an error passed through a module, such as _FACTORY, which makes a task of its file."""
     while trace is not None:
-        if trace.tb_frame.f_globals.get("__name__") == _FACTORY:
+        if trace.tb_frame.f_globals.get("__name__") == module:
             return True
         trace = trace.tb_next
     return False

@@ -6,14 +6,21 @@ The agreement with the harness's own ``hf`` model is tests/campaigns/harness.py'
 from __future__ import annotations
 
 import json
+import resource
 import sys
 from pathlib import Path
 
 import pytest
 
+from telechat_twins.convert.adapter import MergedSource
+from telechat_twins.convert.copy import to_hf
+from telechat_twins.convert.hf.peft import write_peft
+from telechat_twins.convert.source import open_model
+from telechat_twins.core.checkpoint.adapter import write_adapter
 from telechat_twins.core.cli import main
 from telechat_twins.core.eval.compare import compare_items
 from telechat_twins.core.types import JsonObject
+from tests.support.adapters import modules, random_adapter
 from tests.support.harness_support import write_llama, write_tasks
 
 pytest.importorskip("lm_eval", reason="lm-evaluation-harness is in the extra eval")
@@ -32,7 +39,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tele(place: Path, out: str, *more: str, tasks: tuple[str, ...] = tuple(KINDS), backend: str = "pt") -> int:
     include = ["--include", str(place / "tasks")] if "--include" not in more else []
-    options = ["--checkpoint", str(place / "model"), *include, "--quiet"]
+    model = [] if "--checkpoint" in more else ["--checkpoint", str(place / "model")]
+    options = [*model, *include, "--quiet"]
     which = [] if "--backends" in more else ["--backend", backend]
     data = ["--data", str(place / "tasks" / "data")] if "--data" not in more else []
     return main(["eval", *which, *options, *data, "--tasks", *tasks, "--out", str(place / out), *more])
@@ -193,6 +201,131 @@ def test_data_of_another_schema_name_the_field(place: Path, tmp_path: Path, caps
         assert message in capsys.readouterr().err
     assert tele(place, "empty", "--data", str(tmp_path), tasks=("made_choices",)) == 2
     assert "has no split; put <split>.jsonl there" in capsys.readouterr().err
+
+
+def test_adapters_of_both_forms_are_the_merged_model_in_both_backends(
+    place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A checkpoint of ours and a PEFT folder, of other layers and ranks, one after another."""
+    pytest.importorskip("mindspore")
+    source = open_model(str(place / "model"))
+    adapters = [
+        random_adapter(source, modules(source.config, targets, rank), rank)
+        for targets, rank in ((("q", "v"), 2), (("k", "o", "up", "down"), 3))
+    ]
+    write_adapter(place / "ours", adapters[0])
+    write_peft(adapters[1], place / "peft")
+    for name, adapter in zip(("ours", "peft"), adapters, strict=True):
+        words = ("--backends", "ms", "pt", "--adapter", str(place / name), "--limit", "3")
+        assert tele(place, f"with-{name}", *words, tasks=("made_choices",)) == 0
+        to_hf(MergedSource(source, adapter), place / f"merged-{name}")
+        merged = ("--checkpoint", str(place / f"merged-{name}"), "--limit", "3")
+        assert tele(place, f"of-merged-{name}", *merged, tasks=("made_choices",)) == 0
+        found = [rows(place / f"with-{name}" / backend) for backend in ("ms", "pt")]
+        for one in found:
+            compared = compare_items(one, rows(place / f"of-merged-{name}"))["made_choices"]
+            assert compared["items"] == 3 and compared["flipped"] == 0 and compared["largest_difference"] < 2e-5
+    apart = compare_items(*(rows(place / f"with-{name}" / "ms") for name in ("ours", "peft")))["made_choices"]
+    assert apart["largest_difference"] > 0.1
+    capsys.readouterr()
+    other = ("--backends", "ms", "pt", "--adapter", str(place / "ours"), "--limit", "3")
+    assert tele(place, "with-peft", *other, tasks=("made_choices",)) == 2
+    assert "was begun with other options (adapter)" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_one_line_and_the_same_command_goes_on(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Files may be no longer than a part of the journal, then than the results, and at last as long as they are."""
+    tasks, limits = ("made_choices", "made_answers"), resource.getrlimit(resource.RLIMIT_FSIZE)
+    assert tele(place, "free", tasks=tasks) == 0
+    out, most = place / "full", (place / "free" / "journal.jsonl").stat().st_size
+    capsys.readouterr()
+    for size in (300, 700, 1500, most + 100, limits[0]):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+        try:
+            code = tele(place, "full", tasks=tasks)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        told = [line for line in capsys.readouterr().err.splitlines() if not line.startswith("note: ")]
+        assert (code, len(told)) == ((0, 0) if size == limits[0] else (2, 1)), told
+        assert size == limits[0] or "file-size limit was exceeded" in told[0] or "File too large" in told[0]
+        assert not [file.name for file in out.glob("*") if file.name.startswith(".tmp") or file.suffix == ".part"]
+        assert size < 1000 or len((out / "journal.jsonl").read_bytes().splitlines()) > 3
+    assert not any(found["flipped"] for found in compare_items(rows(out), rows(place / "free")).values())
+
+
+def write_task(file: Path, place: Path, **changes: object) -> None:
+    """The task of multiple choice with changes; JSON is YAML."""
+    task = json.loads((place / "tasks" / "choices.yaml").read_text()) | changes
+    file.write_text("".join(f"{key}: {json.dumps(value)}\n" for key, value in task.items()))
+
+
+@pytest.fixture
+def own_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The harness's own 14,000 tasks take long to index."""
+    from lm_eval.tasks import TaskManager
+
+    own = TaskManager.__init__
+    monkeypatch.setattr(TaskManager, "__init__", lambda self, **o: own(self, **{**o, "include_defaults": False}))
+
+
+@pytest.mark.usefixtures("own_index")
+def test_tags_and_patterns_stand_for_their_tasks(place: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        write_task(tmp_path / f"{name}.yaml", place, task=f"my_{name}", tag="mine")
+    for asked in ("mine", "my_*"):
+        words = ("--include", str(tmp_path), "--limit", "1")
+        assert tele(place, f"asked-{asked[:3]}", *words, tasks=(asked, "my_two")) == 0
+        found = json.loads((place / f"asked-{asked[:3]}" / "results.json").read_text())["tasks"]
+        assert list(found) == ["my_one", "my_two"] and found["my_one"]["shots"] == 2
+
+
+@pytest.mark.usefixtures("own_index")
+def test_names_that_two_files_give_are_noted(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name in ("a", "b"):
+        write_task(tmp_path / f"{name}.yaml", place, task="doubled")
+    assert tele(place, "doubled", "--include", str(tmp_path), "--limit", "1", tasks=("doubled",)) == 0
+    error = capsys.readouterr().err
+    assert error.count("note: ") == 1 and "'doubled' found. Already registered from" in error and "b.yaml" in error
+
+
+@pytest.mark.usefixtures("own_index")
+def test_generation_options_of_another_type_are_one_line(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = json.loads((place / "tasks" / "answers.yaml").read_text())
+    for changed, message in (
+        ({"max_gen_toks": "many"}, "max_gen_toks: must be a whole number, found 'many'"),
+        ({"until": [5]}, "until: must be texts, found [5]; correct the task's generation_kwargs"),
+    ):
+        given = {"until": ["x"], "max_gen_toks": 3, **changed}
+        (tmp_path / "mine.yaml").write_text(json.dumps(answers | {"task": "mine", "generation_kwargs": given}))
+        assert tele(place, "types", "--include", str(tmp_path), tasks=("mine",)) == 2
+        error = capsys.readouterr().err
+        assert message in error and len(error.splitlines()) == 1
+
+
+@pytest.mark.usefixtures("own_index")
+def test_members_of_groups_and_filters_are_judged_in_one_line(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_task(tmp_path / "one.yaml", place, task="my_one")
+    answers = json.loads((place / "tasks" / "answers.yaml").read_text())
+    chain = [{"function": "regex", "regex_pattern": "(x"}, {"function": "take_first"}]
+    broken = answers | {"task": "my_filter", "filter_list": [{"name": "first", "filter": chain}]}
+    (tmp_path / "filter.yaml").write_text(json.dumps(broken))
+    (tmp_path / "inner.yaml").write_text(json.dumps({"group": "inner", "task": ["my_ones"]}))
+    (tmp_path / "outer.yaml").write_text(json.dumps({"group": "outer", "task": ["my_one", "inner"]}))
+    for name, message in (
+        ("outer", "--tasks: the group 'inner' names an unknown task 'my_ones'; did you mean 'my_one'?"),
+        ("my_on?", ""),
+        ("your_*", "--tasks: unknown task 'your_*'"),
+        ("tasks/one.yaml", "is a file; give its folder, --include tasks, and the task's name in it"),
+        ("my_filter", "my_filter: the harness cannot run it (error: missing ), unterminated subpattern at"),
+    ):
+        words = ("--include", str(tmp_path), "--limit", "1")
+        assert tele(place, f"members-{name[:5].replace('/', '')}", *words, tasks=(name,)) == (2 if message else 0)
+        error = capsys.readouterr().err
+        assert message in error and "Traceback" not in error
 
 
 BROKEN = {  # changes of a task file, and what is said about it

@@ -11,12 +11,12 @@ from types import ModuleType
 import pytest
 
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.eval.harness import OWN_TASKS
 from telechat_twins.core.eval.local_data import LocalSets, check_fields
 from telechat_twins.core.eval.local_files import read_records
 from telechat_twins.core.eval.presets import PRESETS
 from telechat_twins.core.eval.schemas import SCHEMAS, check_rows, converted
 from telechat_twins.core.eval.task_errors import task_errors
+from telechat_twins.core.eval.task_index import OWN_TASKS
 from telechat_twins.core.types import JsonObject
 from tests.campaigns.presets import ROWS
 

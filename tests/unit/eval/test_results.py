@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import resource
 from pathlib import Path
 
 import pytest
 
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.eval.compare import compare_items, lines
+from telechat_twins.core.eval.compare import compare_items, is_close, lines
 from telechat_twins.core.eval.journal import Journal, digest_of
 from telechat_twins.core.eval.local_files import read_records
 from telechat_twins.core.eval.presets import PRESETS, TaskPlan
-from telechat_twins.core.eval.results import items, summarised, table, write_results
+from telechat_twins.core.eval.results import items, markdown, summarised, table, write_results
+from telechat_twins.core.eval.session import _close, _notes
 from telechat_twins.core.types import JsonObject
 
 FOUND: JsonObject = {
@@ -58,6 +60,23 @@ def test_a_journal_continues_after_a_torn_line(tmp_path: Path) -> None:
         Journal(path, identity)
 
 
+def test_a_full_disk_leaves_a_journal_that_continues(tmp_path: Path) -> None:
+    path, limits = tmp_path / "journal.jsonl", resource.getrlimit(resource.RLIMIT_FSIZE)
+    said = r"journal.jsonl: an answer cannot be written \(File too large\); the answers before it are kept"
+    with pytest.raises(UserError, match=said), Journal(path, {}) as journal:
+        journal.put("first", -1.0)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, limits[1]))
+        try:
+            journal.put("second", -2.0)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    with Journal(path, {}) as journal:
+        assert journal.found["first"] == -1.0 and set(journal.found) <= {"first", "second"}
+        journal.put("third", -3.0)
+    with Journal(path, {}) as journal:
+        assert journal.found["third"] == -3.0
+
+
 def test_results_are_written_beside_the_published_scores(tmp_path: Path) -> None:
     plan = TaskPlan("made", 5, "acc", {"Tele-FLM": 64.0})
     entry = summarised(plan, FOUND)
@@ -75,6 +94,16 @@ def test_results_are_written_beside_the_published_scores(tmp_path: Path) -> None
     assert "50.00" in table({"made": entry})[1] and "(Tele-FLM 64.0)" in table({"made": entry})[1]
 
 
+def test_a_group_without_a_score_of_its_own_shows_its_parts() -> None:
+    found = {**FOUND, "results": {"made": {"alias": "made"}, "made_part": FOUND["results"]["made"]}}
+    entry = summarised(TaskPlan("made"), found)
+    assert entry["score"] is None
+    shown = table({"made": entry})
+    assert shown[1].split() == ["made", "5", "2", "-"]
+    assert shown[2].split() == ["-", "made_part", "50.00", "25.00", "acc"]
+    assert "| - made_part |  | acc |  | 50.00 | 25.00 |" in markdown({}, {"made": entry})
+
+
 def row(item: int, *answers: object, task: str = "t") -> JsonObject:
     return {"task": task, "item": item, "filter": "none", "hash": str(item), "answers": list(answers), "metrics": {}}
 
@@ -89,6 +118,8 @@ def test_differences_are_found_item_by_item() -> None:
     assert found["g"]["different_texts"] == 1 and found["g"]["largest_difference"] is None
     shown = "\n".join(lines(("ms", "pt"), found))
     assert "1 choices flipped" in shown and "item 1: choice 0 by 1.00e-01, 1 by 1.00e-01" in shown
+    assert "fp64" not in shown and lines(("ms", "pt"), found, "fp32")[-1].startswith("  --precision fp64 (with another")
+    assert "fp64" not in "".join(lines(("ms", "pt"), compare_items(left, left), "fp32"))
     assert found["t"]["beyond_rounding"] == 1 and not flip["by_rounding"]
     assert compare_items(left, left)["t"]["flipped"] == 0
     near = compare_items([row(0, [-50.0, True], [-50.00004, False])], [row(0, [-50.00004, True], [-50.0, False])])["t"]
@@ -97,6 +128,24 @@ def test_differences_are_found_item_by_item() -> None:
     assert compare_items([row(0, -5.0)], [row(0, -5.25)])["t"]["largest_difference"] == 0.25
     with pytest.raises(UserError, match="different items, e.g. t item 1"):
         compare_items(left, [right[0], right[2]])
+
+
+def test_choices_that_float32_could_turn_over_are_counted() -> None:
+    for values, close in (
+        ((-3.0, -1.0, -1.000015), True),
+        ((-3.0, -1.0, -1.00003), False),
+        ((-80.0, -80.0001, -90.0), True),
+        ((-80.0, -80.0002, -90.0), False),
+        ((-1.0, -1.0, -3.0), False),  # the same text twice
+        ((-1.0,), False),
+    ):
+        assert is_close([[value, False] for value in values]) is close
+    assert not is_close(["a text", "another"])
+    near, far = ([[-1.0, True], [-1.000015, False]], [[-1.0, True], [-2.0, False]])
+    answered = [row(0, *near), row(0, *near), row(1, *far), row(0, *near, task="other")]  # twice: by two filters
+    assert (_close(answered, "fp32"), _close(answered, "fp64")) == (2, 0)
+    (note,) = _notes({"cut": 0, "crossed": 0, "close": 2}, 64)
+    assert note.startswith("in 2 items two choices are closer than fp32 rounds; --precision fp64 (with another --out)")
 
 
 def test_local_rows_are_read_and_refused_with_their_line(tmp_path: Path) -> None:
