@@ -1,11 +1,13 @@
 """The adapter against lm-evaluation-harness's own ``hf`` model, on an exported Tele-FLM that transformers opens.
 
-    python -m tests.campaigns.harness [--items N] [--requests N] [--rounds N] [--shots N ...]
+    python -m tests.campaigns.harness [--precision fp32|fp64] [--items N] [--requests N] [--rounds N] [--shots N ...]
 
 needs lm_eval 0.4.13 with datasets 4.8.5, pyarrow 21.0.0 and pandas 2.3.3, and transformers 5.24.0. Two parts:
 
 agreement   three kinds of task (multiple choice, rolling, generation): log-likelihoods within 1e-5 (of up to 255
-            tokens: 1e-6 of their size), the same choices and texts
+            tokens: 1e-6 of their size), the same choices and texts. In fp64 both sides are float64, hf with
+            ``dtype=float64,softmax_dtype=float64``, where transformers keeps its rotary tables and norms in float32; so
+            hf with these in float64, too, are judges of their own, and the last of them must be within 1e-8
 throughput  N requests of multiple choice on a model of telechat2-mini's sizes, by all in turns with the same batch
             size and threads: requests a second by wall and by processor time, and the ratio of each round, which must
             be 3 in both backends. Four choices share a question; with five examples all questions share these, too
@@ -21,9 +23,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
@@ -32,11 +36,12 @@ from telechat_twins.core.backends import load
 from telechat_twins.core.data.tokenizer import load_tokenizer
 from telechat_twins.core.eval.adapter import EngineModel, Served
 from telechat_twins.core.eval.compare import compare_items
-from telechat_twins.core.eval.harness import RunOptions, open_tasks, plan_tasks, require_harness, run_task
+from telechat_twins.core.eval.harness import RunOptions, plan_tasks, require_harness, run_task
 from telechat_twins.core.eval.journal import Journal
 from telechat_twins.core.eval.results import items
 from telechat_twins.core.eval.scorer import Scorer
 from telechat_twins.core.eval.session import STEP_TOKENS
+from telechat_twins.core.eval.task_index import open_tasks
 from telechat_twins.core.inference.engine import Engine, EngineLimits
 from telechat_twins.core.inference.pages import pool_size
 from tests.support.harness_support import KINDS, WORDS, as_llama, write_llama, write_tasks
@@ -44,6 +49,8 @@ from tests.support.harness_support import KINDS, WORDS, as_llama, write_llama, w
 MINI = dict(hidden_size=512, ffn_hidden_size=1408, num_layers=8, num_heads=8, num_kv_heads=2)
 MINI |= dict(training_seqlen=1024, base_seqlen=1024, max_seqlen=1024)
 BATCH = 32
+DTYPES = {"fp32": "float32", "fp64": "float64"}
+Rows = list[dict]
 
 
 @contextlib.contextmanager
@@ -55,54 +62,97 @@ def silent(_: str, __: int) -> Iterator[object]:
     yield Bar()
 
 
-def ours(folder: Path, journal: Journal, backend: str = "pt", max_running: int = 64) -> EngineModel:
+def ours(
+    folder: Path, journal: Journal, backend: str = "pt", max_running: int = 64, precision: str = "fp32"
+) -> EngineModel:
     source = open_model(str(folder))
     tokenizer = load_tokenizer(folder, in_vocabulary=True)
     config, max_len = source.config, source.config.training_seqlen
     module = load(backend, "generate")
     size = module.short_page()  # as tele eval
-    runner = module.Runner(config, source.tensor, pool_size(16 * max_len, size), page_size=size)
+    runner = module.Runner(config, source.tensor, pool_size(16 * max_len, size), precision, size)
     limits = EngineLimits(max_len=max_len + 1, max_running=max_running, step_tokens=STEP_TOKENS)
     engine = Engine(runner, tokenizer, limits=limits)
     return EngineModel(Served(config, tokenizer, max_len, config.stop_ids), Scorer(engine), journal, silent)
 
 
-def agreement(root: Path, count: int) -> bool:
+def in_float64(model: torch.nn.Module, norms: bool) -> None:
+    """Give a Llama of transformers rotary tables, and with ``norms`` also norms, of float64 in place of float32."""
+    config = model.config
+    size = config.hidden_size // config.num_attention_heads
+    frequency = config.rope_parameters["rope_theta"] ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+
+    def tables(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angle = (position_ids[..., None].double() * frequency).repeat(1, 1, 2)
+        return angle.cos(), angle.sin()
+
+    def norm(module: torch.nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + module.variance_epsilon) * module.weight
+
+    model.model.rotary_emb.forward = tables
+    for module in model.modules() if norms else ():
+        if type(module).__name__ == "LlamaRMSNorm":
+            module.forward = partial(norm, module)
+
+
+def judges(llama: Path, precision: str) -> Iterator[tuple[str, HFLM, bool]]:
+    """Models of the harness by name, and whether each is ``precision`` throughout."""
+    # The prefix of a text without context and the end of text are the model's own; hf takes both from the tokenizer.
+    options = {"pretrained": str(llama), "device": "cpu", "batch_size": BATCH, "max_length": 256}
+    options |= {"dtype": DTYPES[precision], "softmax_dtype": DTYPES[precision]}
+    yield "hf", HFLM(**options), precision == "fp32"
+    for norms in (False, True) if precision == "fp64" else ():
+        lm = HFLM(**options)
+        in_float64(lm.model, norms)
+        yield f"hf with float64 tables{' and norms' if norms else ''}", lm, norms
+
+
+def agreement(root: Path, count: int, precision: str) -> bool:
     folder = write_llama(root / "model")
     llama = as_llama(folder, root / "llama")
     tasks = write_tasks(root / "tasks", count)
     plans = plan_tasks([f"made_{kind}" for kind in KINDS], None)
     manager = open_tasks(plans, [tasks])
-    options = RunOptions(data=tasks / "data")
-    # The prefix of a text without context and the end of text are the model's own; hf takes both from the tokenizer.
-    theirs = HFLM(pretrained=str(llama), device="cpu", batch_size=BATCH, max_length=256, dtype="float32")
-    good = True
+    options = RunOptions(data=tasks / "data", quiet=True)
+    mine: dict[tuple[str, str], Rows] = {}
     for plan in plans:
-        rows = {"hf": list(items(run_task(plan, theirs, manager, options)))}
         for backend in ("pt", "ms"):
             with Journal(root / f"{backend}-{plan.name}.jsonl", {}) as journal:
-                model = ours(folder, journal, backend)
-                rows[backend] = list(items(run_task(plan, model, manager, options)))
-            found = compare_items(rows["hf"], rows[backend])[plan.name]
-            largest = found["largest_difference"]
-            scale = max(np.abs(_likelihoods(rows["hf"])), default=1.0)
-            # transformers turns every byte of a run of byte tokens that is not UTF-8 into a mark, line ends included,
-            # so that no stop string is found in it; random weights write such runs.
-            texts = [text for text in found["texts"] if "\ufffd" not in text["answers"][0][0]]
-            holds = not found["flipped"] and not texts
-            for text in texts:
-                print(f"  item {text['item']}: {text['answers'][0]!r} by hf, {text['answers'][1]!r} by {backend}")
-            holds = holds and (largest is None or largest <= max(1e-5, 1e-6 * scale))
-            print(
-                f"{plan.name}, {backend} against hf: {found['items']} items, largest difference {largest} of "
-                f"log-likelihoods down to -{scale:.0f}, {found['flipped']} choices and {len(texts)} texts "
-                f"differ: {'holds' if holds else 'BROKEN'}"
-            )
-            good = good and holds
+                model = ours(folder, journal, backend, precision=precision)
+                mine[plan.name, backend] = list(items(run_task(plan, model, manager, options)))
+    good = True
+    for judge, lm, throughout in judges(llama, precision):
+        limit = (1e-8, 1e-10) if throughout and precision == "fp64" else (1e-5, 1e-6)
+        for plan in plans:
+            theirs = list(items(run_task(plan, lm, manager, options)))
+            for backend in ("pt", "ms"):
+                what = f"{plan.name}, {backend} against {judge}"
+                good = agrees(what, theirs, mine[plan.name, backend], limit) and good
     return good
 
 
-def _likelihoods(rows: list[dict]) -> list[float]:
+def agrees(what: str, theirs: Rows, mine: Rows, limit: tuple[float, float]) -> bool:
+    """Print how far evaluations of a task are apart. ``limit``: of log-likelihoods, and as a share of their size."""
+    (found,) = compare_items(theirs, mine).values()
+    largest = found["largest_difference"]
+    values = _likelihoods(theirs)
+    scale = max(np.abs(values), default=1.0)
+    # transformers turns every byte of a run of byte tokens that is not UTF-8 into a mark, line ends included, so that
+    # no stop string is found in it; random weights write such runs.
+    texts = [text for text in found["texts"] if "\ufffd" not in text["answers"][0][0]]
+    for text in texts:
+        print(f"  item {text['item']}: {text['answers'][0]!r} and {text['answers'][1]!r}")
+    holds = not found["flipped"] and not texts and (largest is None or largest <= max(limit[0], limit[1] * scale))
+    shown = f"{len(values)} log-likelihoods down to -{scale:.0f} differ by at most {largest:.1e}, " if values else ""
+    print(
+        f"{what}: {found['items']} items, {shown}{found['flipped']} choices and {len(texts)} texts differ: "
+        f"{'holds' if holds else 'BROKEN'}",
+        flush=True,
+    )
+    return holds
+
+
+def _likelihoods(rows: Rows) -> list[float]:
     answers = [answer for row in rows for answer in row["answers"]]
     return [answer[0] if isinstance(answer, list) else answer for answer in answers if not isinstance(answer, str)]
 
@@ -165,6 +215,7 @@ def throughput(root: Path, count: int, shots: int, rounds: int, backends: Sequen
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--precision", default="fp32", choices=list(DTYPES), help="of the agreement, on both sides")
     parser.add_argument("--items", type=int, default=40)
     parser.add_argument("--requests", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=3)
@@ -173,7 +224,7 @@ def main() -> int:
     args = parser.parse_args()
     require_harness()
     with tempfile.TemporaryDirectory(prefix="tele-harness-") as folder:
-        good = not args.items or agreement(Path(folder), args.items)
+        good = not args.items or agreement(Path(folder), args.items, args.precision)
         if args.requests:
             ratios = [
                 throughput(Path(folder), args.requests, shots, args.rounds, args.backends) for shots in args.shots

@@ -7,6 +7,8 @@ import random
 from collections.abc import Mapping
 from pathlib import Path
 
+import numpy as np
+
 from telechat_twins.convert.copy import to_hf
 from telechat_twins.convert.source import open_model
 from telechat_twins.core.checkpoint.save import write_checkpoint
@@ -34,12 +36,16 @@ WORDS = [
 ]
 
 
-def write_llama(folder: Path, seed: int = 3, **sizes: object) -> Path:
-    """An exported Tele-FLM without multipliers, whose config.json says Llama, which it then is exactly."""
+def write_llama(folder: Path, seed: int = 3, gain: float = 1.0, **sizes: object) -> Path:
+    """An exported Tele-FLM without multipliers, whose config.json says Llama, which it then is exactly.
+
+    ``gain``: of all matrices.
+    """
     model = load_model_config(
         {"preset": "teleflm-tiny", "vocab_size": VOCAB_SIZE, "input_mult": 1.0, "logit_mult": 1.0, **sizes}
     )
-    weights = init_weights(model, seed).items()
+    drawn = init_weights(model, seed).items()
+    weights = ((name, value * np.float32(gain) if value.ndim > 1 else value) for name, value in drawn)
     canonical = folder.with_name(folder.name + "-canonical")
     write_checkpoint(canonical, 0, model={"config": model.to_dict()}, weights=weights, assets=[tiny_tokenizer_path()])
     to_hf(open_model(canonical), folder)
