@@ -78,6 +78,16 @@ def test_an_answer_follows_its_schema(client):
     assert scored.message.content == text and min(one.logprob for one in scored.logprobs.content) < -3
 
 
+def test_properties_hold_beside_any_of(client):
+    fields = {"n": {"type": "boolean"}, "m": {"type": "boolean"}}
+    either = {"type": "object", "properties": fields, "anyOf": [{"required": ["n"]}, {"required": ["m"]}]}
+    schema = {**either, "additionalProperties": False}
+    form = {"type": "json_schema", "json_schema": {"name": "either", "strict": True, "schema": schema}}
+    for choice in chat(client, response_format=form, n=6, max_tokens=200).choices:
+        found = json.loads(choice.message.content)
+        assert found and set(found) <= set(fields) and all(isinstance(value, bool) for value in found.values())
+
+
 def test_an_answer_is_any_object(client):
     text = chat(client, response_format={"type": "json_object"}, max_tokens=600, seed=8).choices[0]
     assert text.finish_reason == "length" or isinstance(json.loads(text.message.content), dict)
