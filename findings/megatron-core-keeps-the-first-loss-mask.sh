@@ -7,7 +7,9 @@
 #               ds[i] is the same whatever was asked for before.
 # Behaviour:    the first mask that a GPTDataset makes is kept for the later samples (position ids and the triangle are the
 #               same for all of them), and then the padding of the first sample is written into it. Later samples copy it
-#               and add their own. Each process, and each worker of a loader, has its own first sample.
+#               and add their own. Each process, and each worker of a loader, has its own first sample. The copy of this class
+#               in MindFormers 1.9.0 (dataset/blended_datasets/gpt_dataset.py) hands out the kept mask itself: there the
+#               padding of all samples so far adds up.
 # Matters:      rows padded to the sequence length: where the first one drawn is short, everything beyond its end is never
 #               trained in any row, and which part that is changes with the seed, the number of workers and each resume. The
 #               loss looks as usual.
