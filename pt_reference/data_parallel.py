@@ -16,7 +16,7 @@ from telechat_twins.core.parallel.mesh import Mesh
 from telechat_twins.core.parallel.sharding import Bucket, Shard, plan_buckets
 from telechat_twins.core.parallel.transfer import Handle
 from telechat_twins.kernels.pytorch import ops as kernels
-from telechat_twins.kernels.pytorch.room import GradientPlace
+from telechat_twins.kernels.pytorch.room import GradientPlace, zeros
 from telechat_twins.pt_reference.collectives import all_reduce, start_all_reduce, start_reduce_scatter
 
 BYTES = 4  # of a float32 gradient
@@ -40,7 +40,7 @@ class GradientBuckets:
         limit = int(layout.bucket_mb * 2**20 / BYTES) if replicas.size > 1 else None
         self.buckets = plan_buckets(table, self.parts, limit, by_class)
         device = next((weight.device for weight in weights.values()), None)  # a rank may have none to train
-        self._flat = [torch.zeros(bucket.size, dtype=dtype, device=device) for bucket in self.buckets]
+        self._flat = [zeros(bucket.size, dtype, device) for bucket in self.buckets]
         self.adder = kernels.adder(dtype, torch.device("cpu") if device is None else device)
         self._pending: dict[int, Handle[Tensor]] = {}
         self._passes = 0

@@ -24,6 +24,7 @@ from telechat_twins.core.train.births import birth_classes
 from telechat_twins.core.train.recipe import class_decay, class_rate, corrections, is_young, tells_classes_apart
 from telechat_twins.kernels.adamw import AdamWStep
 from telechat_twins.kernels.pytorch import ops as kernels
+from telechat_twins.kernels.pytorch.room import zeros
 from telechat_twins.pt_reference.collectives import agree, all_gather
 from telechat_twins.pt_reference.data_parallel import GradientBuckets, owned_range
 from telechat_twins.pt_reference.weights import to_numpy, to_tensor
@@ -52,7 +53,7 @@ class AdamW:
         self._flat = [self._flatten(weights, number) for number in range(len(self.gradients.buckets))]
         self.masters = [self._mine(number).to(dtype) for number in range(len(self._flat))]
         self._config, self._steps = config, 0
-        self._m, self._v = ([torch.zeros_like(master) for master in self.masters] for _ in "mv")
+        self._m, self._v = ([zeros(len(w), w.dtype, w.device) for w in self.masters] for _ in "mv")
         # Buckets with entries added by growth: the birth class of each entry, and the updates made before each class.
         self._young: dict[int, tuple[Tensor, list[int]]] = {}
 
@@ -169,7 +170,7 @@ class AdamW:
         """A bucket's weights moved into one vector of their dtype, of which they become views."""
         bucket = self.gradients.buckets[number]
         first = weights[bucket.segments[0].name]
-        flat = torch.zeros(bucket.size, dtype=first.dtype, device=first.device)
+        flat = zeros(bucket.size, first.dtype, first.device)
         for segment in bucket.segments:
             weight = weights[segment.name]
             weight.data = flat[segment.start : segment.start + segment.size].view(weight.shape)

@@ -17,6 +17,7 @@ from mindspore import Parameter, Tensor, ops
 
 from telechat_twins.core.checkpoint.read import TensorPiece
 from telechat_twins.core.config import OptimConfig
+from telechat_twins.core.launch.memory import ask_large_pages
 from telechat_twins.core.model.growth import Growth
 from telechat_twins.core.parallel.mesh import Mesh
 from telechat_twins.core.parallel.sharding import Box, FlatPiece, Shard, flat_pieces, owned_pieces
@@ -273,7 +274,9 @@ class AdamW:
 
 
 def _aligned_zeros(size: int, dtype: str) -> np.ndarray:
-    """Zeros that begin at a cache line, for loads and stores that do not cross one."""
+    """Zeros that begin at a cache line, for loads and stores that do not cross one; on large pages where the system has
+    some."""
     room = np.zeros(size + 64 // np.dtype(dtype).itemsize, dtype)
     first = -room.ctypes.data % 64 // room.itemsize
+    ask_large_pages(room.ctypes.data, room.nbytes)
     return room[first : first + size]

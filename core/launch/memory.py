@@ -5,8 +5,12 @@ from __future__ import annotations
 import ctypes
 import re
 import resource
+import sys
 from contextlib import suppress
 from pathlib import Path
+
+_LARGE_PAGE = 2 << 20  # bytes
+_MADV_HUGEPAGE = 14  # of Linux
 
 
 def largest_resident() -> int:
@@ -30,3 +34,15 @@ def return_freed() -> None:
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(ctypes.c_size_t(0))
+
+
+def ask_large_pages(address: int, size: int) -> None:
+    """Ask Linux for large pages under the whole ones of ``size`` bytes from ``address`` on, before they are written.
+
+    What is read once a step, such as weights and moments, has more small pages than a processor keeps addresses of, and
+    in a virtual machine a missing one is looked up twice. Without effect elsewhere, and where the system has none free.
+    """
+    first, last = -(-address // _LARGE_PAGE) * _LARGE_PAGE, (address + size) // _LARGE_PAGE * _LARGE_PAGE
+    advise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" and last > first else None
+    if advise is not None:
+        advise(ctypes.c_void_p(first), ctypes.c_size_t(last - first), _MADV_HUGEPAGE)

@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from telechat_twins.core.launch.memory import ask_large_pages
+
 _LEAST = 1 << 17  # bytes; smaller ones are PyTorch's
 _LINE = 64  # bytes of a cache line
 _TRIM, _MMAP_MAX = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
@@ -30,6 +32,14 @@ def empty(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     raw = np.empty(held + 2 * _LINE, np.uint8)
     start = -raw.__array_interface__["data"][0] % _LINE
     return torch.frombuffer(raw, dtype=dtype, count=size, offset=start).resize_(shape)
+
+
+def zeros(size: int, dtype: torch.dtype, device: torch.device | None) -> Tensor:
+    """A vector of zeros that lasts as long as the training; on the CPU on large pages where the system has some."""
+    made = torch.empty(size, dtype=dtype, device=device)
+    if made.device.type == "cpu":
+        ask_large_pages(made.data_ptr(), made.nbytes)
+    return made.zero_()
 
 
 class GradientPlace:

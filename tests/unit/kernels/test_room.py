@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 
 from telechat_twins.kernels.pytorch import attention_in_cpp, room  # noqa: E402
 from telechat_twins.kernels.pytorch import tiles as torch_tiles  # noqa: E402
+from tests.support.pages import asked_for_large_pages, needs_large_pages  # noqa: E402
 
 MIB = 1 << 20
 
@@ -25,6 +26,17 @@ def test_shape_dtype_and_cache_line(shape: tuple[int, ...], dtype: torch.dtype) 
     assert x.is_contiguous() and not x.requires_grad
     x.fill_(2.0)
     assert float(x.double().sum()) == 2.0 * np.prod(shape)
+
+
+@needs_large_pages
+def test_vectors_of_a_whole_training_lie_on_large_pages() -> None:
+    pytest.importorskip("mindspore")
+    from telechat_twins.telechat_ms.optim import _aligned_zeros
+
+    vector, array = room.zeros(4 * MIB, torch.float32, torch.device("cpu")), _aligned_zeros(4 * MIB, "float32")
+    assert vector.shape == (4 * MIB,) and vector.dtype == torch.float32 and not vector.any() and not array.any()
+    for middle in (vector.data_ptr() + 8 * MIB, array.ctypes.data + 8 * MIB):
+        assert asked_for_large_pages(middle)
 
 
 def test_the_place_of_a_freed_result_fits_the_next_of_its_size() -> None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import mmap
 import subprocess
 import sys
 
-from telechat_twins.core.launch.memory import largest_resident, return_freed
+from telechat_twins.core.launch.memory import ask_large_pages, largest_resident, return_freed
+from tests.support.pages import asked_for_large_pages, needs_large_pages
 
 
 def test_a_process_does_not_begin_with_its_parents_memory() -> None:
@@ -35,3 +37,14 @@ print(held - resident())
         return_freed()  # of no effect, and no error
     else:
         assert int(child.stdout) > 20 << 20
+
+
+@needs_large_pages
+def test_large_pages_are_asked_for_under_whole_ones_alone() -> None:
+    page, room = 2 << 20, mmap.mmap(-1, 16 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    start = ctypes.addressof(ctypes.c_char.from_buffer(room))
+    first = -(-start // page) * page
+    ask_large_pages(first + 1, 2 * page - 2)
+    assert not any(asked_for_large_pages(first + n * page) for n in range(6))
+    ask_large_pages(first + page - 5, 2 * page + 10)
+    assert [asked_for_large_pages(first + n * page) for n in range(6)] == [False, True, True, False, False, False]
