@@ -9,6 +9,7 @@ import dataclasses
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -39,8 +40,9 @@ class Trainer(BaseTrainer[Decoder]):
 
     def __init__(self, config: RunConfig) -> None:
         kernels.select(dataclasses.asdict(config.kernels))
-        provide_sums(open_sums)
-        if ops.device().type == "cpu":
+        on_cpu = ops.device().type == "cpu"
+        provide_sums(partial(open_sums, "torch" if on_cpu else ""))
+        if on_cpu:
             keep_freed()
         mesh = open_mesh(config.model, config.parallel)
         stages, table = parallelize(

@@ -10,6 +10,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from pathlib import Path
 
 import telechat_twins.telechat_ms  # isort: skip  # noqa: F401  (prepares the process; must come before mindspore)
@@ -42,7 +43,8 @@ class Trainer(BaseTrainer[Decoder]):
 
     def __init__(self, config: RunConfig) -> None:
         kernels.select(dataclasses.asdict(config.kernels))
-        provide_sums(open_sums)
+        on_cpu = ms.get_context("device_target") == "CPU"
+        provide_sums(partial(open_sums, "mindspore" if on_cpu else ""))
         mesh = open_mesh(config.model, config.parallel)
         if mesh.layout.world == 1 and _in_cpp(config.train.precision):
             # Its own threads would only call sched_yield, on cores that the C++ operators need.

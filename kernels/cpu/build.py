@@ -44,6 +44,7 @@ KERNELS = (
     "linear.cc",
     "low_rank.cc",
     "rows.cc",
+    "sums.cc",
 )
 NAME = "telechat_cpu_kernels"
 FLAGS = ("-O3", "-march=native", "-pthread", "-Wno-maybe-uninitialized")

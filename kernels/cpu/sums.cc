@@ -1,9 +1,9 @@
-// Sums of records: sketch, extremes, block sums and checksum of a float32 matrix, all in one reading of it.
+// Sums of records: sketch, extremes, block sums and checksum of float32 matrices, all in one reading of each.
 //
-// The definitions are numpy's, in core/parity/record: sketch.py (Projection), blocks.py (Grid) and tally.py (checksum).
+// The definitions are numpy's, in core/parity/record: sketch.py (Projection), blocks.py (Grid) and window.py (checksum).
 // Every sum here has their order, so that the bits are equal: products with +1 and -1 and squares of float32 are exact
-// in float64, whether they are fused with an addition or not. Chunks of rows are added up by any number of threads,
-// each into a row of its own of the output.
+// in float64, whether they are fused with an addition or not. The threads share the tiles of all matrices of a call;
+// each tile has sums of its own, which one thread then adds in their order.
 #include <limits>
 
 #include "kernel.h"
@@ -14,6 +14,7 @@ namespace {
 constexpr int kRows = 128, kGroup = 4, kGroups = kRows / kGroup;  // rows of a block of the hash; with one shift
 constexpr int64_t kTile = 1024;  // columns: a block of them stays in a processor's second cache
 constexpr int kLanes = 8, kMostBuckets = 256;
+constexpr int64_t kMostTiles = 1024;  // whose sums are kept until they are added: 2 MB
 constexpr int kAhead = 4;  // groups of rows between the one that is added and the one that is fetched meanwhile
 constexpr double kLargest = 1e150;
 
@@ -51,19 +52,24 @@ inline vd widen(vs x) {
 #endif
 }
 
+using Doubles = std::vector<double, OnLines<double>>;
 struct Keys {
   uint64_t blocks, shifts, rows, down;
 };
 
-// What one chunk of rows adds up, in the order of a row of the output.
+// What one tile or more add up, in the order of a row of the output.
 struct Sums {
   double *sketch;  // [K]
   double *nonfinite, *norm2, *sum, *least, *most;
-  uint64_t checksum = 0;
   Sums(double *out, int64_t buckets)
-      : sketch(out), nonfinite(out + buckets), norm2(nonfinite + 1), sum(norm2 + 1), least(sum + 1), most(least + 1) {
-    std::fill(out, out + buckets + 3, 0.0);
+      : sketch(out), nonfinite(out + buckets), norm2(nonfinite + 1), sum(norm2 + 1), least(sum + 1), most(least + 1) {}
+  void clear() {
+    std::fill(sketch, least, 0.0);
     *least = std::numeric_limits<double>::infinity(), *most = -*least;
+  }
+  void add(const Sums &other) {
+    for (double *to = sketch, *from = other.sketch; to != least; to++, from++) *to += *from;
+    *least = std::min(*least, *other.least), *most = std::max(*most, *other.most);
   }
 };
 
@@ -73,34 +79,43 @@ struct Lanes {
   vs least, most;
 };
 
-// Room of one thread: a joined row, a row of zeros, and, once it is needed, a tile without what is not finite.
+// Room of one thread: two joined rows, a row of zeros, and, once it is needed, a tile without what is not finite.
 // ``added`` has the places of a bucket's shift plus a column's, of which those from K on are the same buckets again.
 struct Room {
-  alignas(64) double joined[kTile];
+  alignas(64) double joined[2][kTile];
   alignas(64) float zeros[kTile];
   alignas(64) double added[2 * kMostBuckets];
   Floats clean;
 };
 
-// room.joined = the sum of N rows with their signs, times the columns' signs; adds to the lanes' sums and, of the first
-// ``m`` columns, extremes. ``next``: N rows that come later, fetched meanwhile into the second cache (the first has too
+// A joined row that is added, column by column, to the buckets of its shift and the column's place.
+struct Scatter {
+  const double *joined;
+  const uint8_t *places;
+  double *added;
+  void add(int64_t j) const { added[places[j]] += joined[j]; }
+};
+
+// joined = the sum of N rows with their signs, times the columns' signs; adds to the lanes' sums and, of the first ``m``
+// columns, extremes. ``before``: the joined row before, added meanwhile: its loads and stores wait for one another, and
+// the processor has none of these units' work else. ``next``: N rows that come later, fetched meanwhile into the second cache (the first has too
 // few lines under way): the rows of a block are read in a random order, which no processor foresees.
 template <int N, bool EXTREMES>
 void join(const float *const *rows, const float *const *next, const double *signs, const float *columns, int64_t m,
-          Room &room, Lanes &given) {
+          const Scatter &before, double *joined, Lanes &given) {
   Lanes lanes = given;
   const auto step = [&](const float *const (&at)[N], int64_t j, const float *across, double *out) {
-    vd joined{};
+    vd sum{};
 #pragma GCC unroll 4
     for (int r = 0; r < N; r++) {
       const vs x = get<vs>(at[r] + j);
       const vd v = widen(x);
-      joined += v * signs[r];
+      sum += v * signs[r];
       lanes.squares[r] += v * v;
       lanes.sums[r] += v;
       if constexpr (EXTREMES) lanes.least = x < lanes.least ? x : lanes.least, lanes.most = x > lanes.most ? x : lanes.most;
     }
-    put(out, joined * widen(get<vs>(across)));
+    put(out, sum * widen(get<vs>(across)));
   };
   const float *at[N], *after[N];
   for (int r = 0; r < N; r++) at[r] = rows[r], after[r] = next[r];
@@ -108,7 +123,9 @@ void join(const float *const *rows, const float *const *next, const double *sign
   for (; j + kLanes <= m; j += kLanes) {
     if (!(j & kLanes))
       for (int r = 0; r < N; r++) __builtin_prefetch(after[r] + j, 0, 2);
-    step(at, j, columns + j, room.joined + j);
+    step(at, j, columns + j, joined + j);
+#pragma GCC unroll 8
+    for (int l = 0; l < kLanes; l++) before.add(j + l);
   }
   if (j < m) {  // lanes beyond the last column repeat it for the extremes, and are 0 in the sums
     alignas(32) float tail[N + 1][kLanes]{};
@@ -125,7 +142,8 @@ void join(const float *const *rows, const float *const *next, const double *sign
     const vs least = lanes.least, most = lanes.most;
     step(at, 0, tail[N], out);
     lanes.least = least, lanes.most = most;
-    std::copy(out, out + (m - j), room.joined + j);
+    std::copy(out, out + (m - j), joined + j);
+    for (; j < m; j++) before.add(j);
   }
   given = lanes;
 }
@@ -137,9 +155,12 @@ double total(const vd *lanes, int rows) {
   return sum;
 }
 
-// Rows [begin, end) of one block of the hash and columns [left, left + m), in the order in which they are added:
-// ``count`` groups of one row, or of kGroup.
+struct Matrix;
+
+// Rows [begin, end) of one block of the hash and columns [left, left + m) of ``matrix``, in the order in which they are
+// added: ``count`` groups of one row, or of kGroup.
 struct Tile {
+  const Matrix *matrix;
   int64_t begin, end, left, m;
   const float *rows[kRows];
   double signs[kRows];
@@ -169,21 +190,27 @@ void add_neighbours(const float *row, int64_t m, int64_t width, double *scratch)
     halve([&](int64_t j) { return get<vd>(scratch + j); }, n, [&](int64_t j) { return scratch[j]; });
 }
 
+// As kernels/sums.py lays it out in a row of its table, every field 8 bytes.
 struct Matrix {
   const float *data;
-  int64_t stride, buckets;
+  int64_t stride, m;       // elements between two rows; columns
   const int64_t *numbers;  // of the rows in the tensor's matrix; of the first alone where they count on
-  bool in_turn;
-  const uint8_t *places;  // bucket of each column
-  const float *signs;     // of each column
-  const uint64_t *across;  // factors of the checksum, of each column; none without a checksum
+  int64_t in_turn;
+  const int64_t *runs;  // [run_count + 1]: where rows of another block of the hash begin, and their number
+  int64_t run_count, many;  // ``many`` runs are a chunk: the sums of chunks are added, those of tiles within one first
+  const uint8_t *places;    // bucket of each column
+  const float *signs;       // of each column
+  const uint64_t *across;   // factors of the checksum, of each column; none without a checksum
   Keys keys;
-  void *blocks;  // [rows / height, blocks_stride], none without block sums
-  bool narrow;   // they are float32
-  bool fresh;    // and are written: each of them is one row's, and all are made here
-  int64_t blocks_stride, height, width, first_block;
+  int64_t height, width, first_block;  // of a block; number of the first one in a row
+  int64_t fresh;  // the block sums are written in place of added to: each of them is one row's, and all are made here
+  void *blocks;   // [rows / height, blocks_stride], none without block sums
+  int64_t narrow, blocks_stride;  // they are float32
+  int64_t buckets;
 
   int64_t number(int64_t i) const { return in_turn ? numbers[0] + i : numbers[i]; }
+  int64_t across_tiles() const { return (m + kTile - 1) / kTile; }
+  int64_t tiles() const { return run_count * across_tiles(); }
 
   // One pass over a tile; false where its squares are not below kLargest. ``after``: rows of the tile that comes next.
   template <bool EXTREMES>
@@ -192,31 +219,35 @@ struct Matrix {
     std::fill(std::begin(lanes.squares), std::end(lanes.squares), vd{});
     std::fill(std::begin(lanes.sums), std::end(lanes.sums), vd{});
     std::fill(room.added, room.added + 2 * buckets, 0.0);
+    std::fill(room.joined[1], room.joined[1] + m, 0.0);
+    Scatter before{room.joined[1], places + left, room.added};
     for (int g = 0; g < tile.count; g++) {
       const int first = g * tile.group;
       const float *const *rows = tile.rows + first;
       const float *const *next = g + kAhead < tile.count ? rows + kAhead * tile.group : after + (g + kAhead - tile.count) * tile.group;
       const double *signs_of = tile.signs + first;
+      double *joined = room.joined[g & 1];
       if (tile.group == 1) {
-        join<1, EXTREMES>(rows, next, signs_of, signs + left, m, room, lanes);
+        join<1, EXTREMES>(rows, next, signs_of, signs + left, m, before, joined, lanes);
       } else if (tile.there[first] && tile.there[first + 1] && tile.there[first + 2] && tile.there[first + 3]) {
-        join<kGroup, EXTREMES>(rows, next, signs_of, signs + left, m, room, lanes);
+        join<kGroup, EXTREMES>(rows, next, signs_of, signs + left, m, before, joined, lanes);
       } else {
-        join<kGroup, false>(rows, next, signs_of, signs + left, m, room, lanes);
+        join<kGroup, false>(rows, next, signs_of, signs + left, m, before, joined, lanes);
         for (int r = 0; EXTREMES && r < kGroup; r++)
           for (int64_t j = 0; tile.there[first + r] && j < m; j++)
             lanes.least[0] = std::min<float>(lanes.least[0], rows[r][j]), lanes.most[0] = std::max<float>(lanes.most[0], rows[r][j]);
       }
-      double *added = room.added + tile.shifts[g];
-      const uint8_t *at = places + left;
-#pragma GCC unroll 4
-      for (int64_t j = 0; j < m; j++) added[at[j]] += room.joined[j];
+      before = {joined, places + left, room.added + tile.shifts[g]};
     }
+    for (int64_t j = 0; j < m; j++) before.add(j);
     return total(lanes.squares, tile.group) < kLargest;
   }
 
-  // The tile at ``tile``'s begin, end, left and m.
-  void lay(Tile &tile, const Room &room) const {
+  // Tile ``index`` of this matrix, of those of a run of rows after one another.
+  void lay(int64_t index, Tile &tile, const Room &room) const {
+    const int64_t run = index / across_tiles();
+    tile.matrix = this, tile.begin = runs[run], tile.end = runs[run + 1];
+    tile.left = (index - run * across_tiles()) * kTile, tile.m = std::min(kTile, m - tile.left);
     const uint64_t block = number(tile.begin) / kRows, factor = mixed(keys.blocks, block);
     const uint8_t mask = static_cast<uint8_t>(buckets - 1);
     const int64_t n = tile.end - tile.begin;
@@ -235,45 +266,29 @@ struct Matrix {
     }
   }
 
-  void add(Tile &tile, const float *const *after, Room &room, Sums &out) const {
+  // The sums of one tile, but for those of blocks; returns its checksum. ``after``: see ``pass``.
+  uint64_t add(Tile &tile, const float *const *after, Room &room, const Sums &out) const {
     const int64_t left = tile.left, m = tile.m;
     Lanes lanes;
     lanes.least = vs{} + std::numeric_limits<float>::infinity(), lanes.most = -lanes.least;
     const bool fine = pass<true>(tile, after, room, lanes);
+    *out.nonfinite = 0.0;
     if (!fine) {
-      *out.nonfinite += without_nonfinite(tile, m, room, lanes);
+      *out.nonfinite = without_nonfinite(tile, m, room, lanes);
       pass<false>(tile, after, room, lanes);
     }
+    *out.least = std::numeric_limits<double>::infinity(), *out.most = -*out.least;
     for (int l = 0; l < kLanes; l++) {
       *out.least = std::min(*out.least, static_cast<double>(lanes.least[l]));
       *out.most = std::max(*out.most, static_cast<double>(lanes.most[l]));
     }
-    *out.norm2 += total(lanes.squares, tile.group), *out.sum += total(lanes.sums, tile.group);
-    for (int64_t k = 0; k < buckets; k++) out.sketch[k] += room.added[k] + room.added[k + buckets];
-    if (across)
-      for (int64_t i = tile.begin; i < tile.end; i++)
-        out.checksum += checksum(data + i * stride + left, left, m) * (mixed(keys.down, number(i)) | 1);
-    if (blocks)
-      for (int64_t i = tile.begin; i < tile.end; i++) add_blocks(i, left, m, fine, room);
-  }
-
-  // All tiles of rows [first, last) of ``m`` columns. The next one is laid before one is added, so that its first rows
-  // are fetched meanwhile.
-  void add_rows(int64_t first, int64_t last, int64_t m, Room &room, Sums &out) const {
-    Tile tiles[2];
-    Tile *now = &tiles[0], *next = &tiles[1];
-    const auto place = [&](Tile &tile, int64_t begin, int64_t left) {
-      tile.begin = begin, tile.left = left, tile.m = std::min(kTile, m - left), tile.end = begin + 1;
-      while (tile.end < last && number(tile.end) / kRows == number(begin) / kRows) tile.end++;
-      lay(tile, room);
-    };
-    place(*now, first, 0);
-    for (bool more = true; more; std::swap(now, next)) {
-      const bool wide = now->left + kTile < m;
-      more = wide || now->end < last;
-      if (more) place(*next, wide ? now->begin : now->end, wide ? now->left + kTile : 0);
-      add(*now, (more ? next : now)->rows, room, out);
-    }
+    *out.norm2 = total(lanes.squares, tile.group), *out.sum = total(lanes.sums, tile.group);
+    for (int64_t k = 0; k < buckets; k++) out.sketch[k] = room.added[k] + room.added[k + buckets];
+    uint64_t found = 0;
+    for (int64_t i = tile.begin; across && i < tile.end; i++)
+      found += checksum(data + i * stride + left, left, m) * (mixed(keys.down, number(i)) | 1);
+    for (int64_t i = tile.begin; blocks && i < tile.end; i++) add_blocks(i, left, m, fine, room);
+    return found;
   }
 
   uint64_t checksum(const float *row, int64_t left, int64_t m) const {
@@ -298,14 +313,15 @@ struct Matrix {
       for (int64_t j = 0; j < m; j++) copy[j] = finite(row[j]);
       row = copy;
     }
-    add_neighbours(row, m, width, room.joined);
+    double *sums = room.joined[0];
+    add_neighbours(row, m, width, sums);
     const int64_t at = number(i) / height * blocks_stride + first_block + left / width, n = m / width;
     if (narrow && fresh)
-      for (int64_t b = 0; b < n; b++) static_cast<float *>(blocks)[at + b] = room.joined[b];
+      for (int64_t b = 0; b < n; b++) static_cast<float *>(blocks)[at + b] = sums[b];
     else if (narrow)
-      for (int64_t b = 0; b < n; b++) static_cast<float *>(blocks)[at + b] += room.joined[b];
+      for (int64_t b = 0; b < n; b++) static_cast<float *>(blocks)[at + b] += sums[b];
     else
-      for (int64_t b = 0; b < n; b++) static_cast<double *>(blocks)[at + b] += room.joined[b];
+      for (int64_t b = 0; b < n; b++) static_cast<double *>(blocks)[at + b] += sums[b];
   }
 
   // Replaces the rows by copies in which what is not finite is 0, takes the extremes of the rest, and counts the former.
@@ -328,41 +344,70 @@ struct Matrix {
   }
 };
 
-}  // namespace
+constexpr int kFields = sizeof(Matrix) / 8;
+static_assert(sizeof(Matrix) == kFields * 8 && kFields == 23);
 
-// Of a matrix [n, m] whose rows have numbers in the tensor's (``rows`` [n], or [1], the first, where they count on):
-// sketch [chunks, K + 5], of which chunk c has the rows from starts[c] to starts[c + 1], and the checksum [chunks] modulo
-// 2^64; the first row of each is then that of all chunks. The checksum is the sum of (bits + 1) * across[j] * down[i],
-// where ``across`` [m] is not empty; block sums, added to ``blocks``, float64 or float32, where that is not empty, what is
-// not finite as 0. keys: of the hashes of blocks, shifts, rows and down. Scalars:
-// height and width of a block, number of the first block in a row, and whether float32 ``blocks`` are written, not added
-// to, as where these are all blocks of a tensor, of one row each.
-KERNEL(record_add, 7, 3, 4) {
-  const View &x = in[0], &made = out[0], &blocks = out[2];
-  const int64_t m = x.shape[1], width = made.shape[1], *starts = in[2].as<int64_t>();
-  const uint64_t *keys = in[3].as<uint64_t>();
-  const bool in_turn = in[1].shape[0] == 1;
-  const Matrix matrix{x.as<float>(), x.stride[0], width - 5, in[1].as<int64_t>(), in_turn,
-                      in[4].as<uint8_t>(), in[5].as<float>(), in[6].shape[0] ? in[6].as<uint64_t>() : nullptr,
-                      {keys[0], keys[1], keys[2], keys[3]}, blocks.shape[0] ? blocks.data : nullptr, blocks.dtype == F32,
-                      scalar[3] != 0, blocks.shape[1], static_cast<int64_t>(scalar[0]), static_cast<int64_t>(scalar[1]), static_cast<int64_t>(scalar[2])};
-  // Two chunks may add to the same block sums unless their rows count on: the height divides a block of the hash.
-  const int64_t grain = matrix.blocks && !in_turn ? made.shape[0] : 1;
-  parallel(made.shape[0], grain, [&](int64_t begin, int64_t end, int) {
+// All tiles of ``count`` matrices, of which matrix i has those from firsts[i] to firsts[i + 1].
+struct Tiles {
+  const Matrix *matrices;
+  std::vector<int64_t> firsts;
+
+  Tiles(const Matrix *given, int64_t count) : matrices(given), firsts(1, 0) {
+    for (int64_t i = 0; i < count; i++) firsts.push_back(firsts.back() + given[i].tiles());
+  }
+  int64_t matrix_of(int64_t tile) const {
+    return std::upper_bound(firsts.begin(), firsts.end(), tile) - firsts.begin() - 1;
+  }
+  void lay(int64_t number, Tile &tile, const Room &room) const {
+    const int64_t i = matrix_of(number);
+    matrices[i].lay(number - firsts[i], tile, room);
+  }
+
+  // Tiles [first, last) into rows of ``sums``, of ``width`` numbers, and ``checksums``, from ``base`` on. The next tile
+  // is laid before one is added, so that its first rows are fetched meanwhile.
+  void add(int64_t first, int64_t last, int64_t base, double *sums, int64_t width, uint64_t *checksums) const {
     std::vector<Room, OnLines<Room>> room(1);
     std::fill(room[0].zeros, room[0].zeros + kTile, 0.0f);
-    for (int64_t c = begin; c < end; c++) {
-      Sums sums(made.as<double>() + c * width, width - 5);
-      if (starts[c] < starts[c + 1] && m) matrix.add_rows(starts[c], starts[c + 1], m, room[0], sums);
-      out[1].as<uint64_t>()[c] = sums.checksum;
+    Tile tiles[2];
+    Tile *now = &tiles[0], *next = &tiles[1];
+    lay(first, *now, room[0]);
+    for (int64_t t = first; t < last; t++, std::swap(now, next)) {
+      const bool more = t + 1 < last;
+      if (more) lay(t + 1, *next, room[0]);
+      const Sums out(sums + (t - base) * width, width - 5);
+      checksums[t - base] = now->matrix->add(*now, (more ? next : now)->rows, room[0], out);
     }
-  });
-  const int64_t buckets = width - 5;
-  for (int64_t c = 1; c < made.shape[0]; c++) {
-    double *whole = made.as<double>(), *part = whole + c * width;
-    for (int64_t k = 0; k < buckets + 3; k++) whole[k] += part[k];
-    whole[buckets + 3] = std::min(whole[buckets + 3], part[buckets + 3]);
-    whole[buckets + 4] = std::max(whole[buckets + 4], part[buckets + 4]);
-    out[1].as<uint64_t>()[0] += out[1].as<uint64_t>()[c];
+  }
+};
+
+}  // namespace
+
+// Of matrices that have a row of ``table`` [n, kFields] int64 each, the fields of Matrix: sketch [n, K + 5], of K sums
+// and those of the members of Sums, and checksum [n] modulo 2^64: the sum of (bits + 1) * across[j] * down[i], 0 where
+// ``across`` is none. Block sums are added to what ``blocks`` of a matrix points at, what is not finite as 0. Rows of a
+// block follow one another.
+KERNEL(record_add, 1, 2, 0) {
+  const Matrix *matrices = in[0].as<Matrix>();
+  const int64_t count = in[0].shape[0], width = out[0].shape[1];
+  const Tiles tiles(matrices, count);
+  double *made = out[0].as<double>();
+  uint64_t *checksums = out[1].as<uint64_t>();
+  for (int64_t i = 0; i < count; i++) Sums(made + i * width, width - 5).clear(), checksums[i] = 0;
+  const int64_t all = tiles.firsts.back(), room = std::min(all, kMostTiles);
+  Doubles sums(room * width), chunk(width);
+  std::vector<uint64_t> found(room);
+  Sums part(chunk.data(), width - 5);
+  for (int64_t first = 0; first < all; first += room) {
+    const int64_t last = std::min(all, first + room);
+    parallel_guided(last - first, 1, [&](int64_t a, int64_t b) {
+      tiles.add(first + a, first + b, first, sums.data(), width, found.data());
+    });
+    for (int64_t t = first, i = tiles.matrix_of(first); t < last; t++) {
+      while (t >= tiles.firsts[i + 1]) i++;
+      const int64_t of_chunk = matrices[i].many * matrices[i].across_tiles(), at = t - tiles.firsts[i];
+      if (at % of_chunk == 0) part.clear();
+      part.add(Sums(sums.data() + (t - first) * width, width - 5)), checksums[i] += found[t - first];
+      if ((at + 1) % of_chunk == 0 || t + 1 == tiles.firsts[i + 1]) Sums(made + i * width, width - 5).add(part);
+    }
   }
 }

@@ -17,6 +17,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -204,7 +205,7 @@ def write_record(
     quantities that do not fit the header (sketches of another K, a step that is not listed, one key twice).
     """
     rows, held = list(trace), list(quantities)
-    table = {row.key: row for row in held}
+    table = {quantity_key(row.kind, row.name, row.step): row for row in held}
     if len(table) != len(held):
         raise ValueError(f"{len(held) - len(table)} quantities have the key of another")
     for row in held:
@@ -238,7 +239,8 @@ def digest_of(value: object) -> str:
 
 def _columns(held: Sequence[Quantity], buckets: int) -> dict[str, np.ndarray | Parts]:
     kinds = {"I64": np.int64, "F64": np.float64}
-    columns = {name: np.array([getattr(q, name) for q in held], kinds[code]) for name, code in COLUMNS.items()}
+    values = zip(*map(attrgetter(*COLUMNS), held), strict=True) if held else ((),) * len(COLUMNS)
+    columns = {name: np.array(v, kinds[COLUMNS[name]]) for name, v in zip(COLUMNS, values, strict=True)}
     shapes = np.array([(0, 0) if q.blocks is None else q.blocks.shape for q in held], np.int64).reshape(-1, 2)
     blocks = [q.blocks for q in held if q.blocks is not None]
     return {

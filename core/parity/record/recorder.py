@@ -220,9 +220,7 @@ class _RecordedStep:
 
     def add(self, kind: str, pieces: Iterable[TensorPiece], scale: float = 1.0) -> None:
         """Add pieces of parameters, divided by ``scale``."""
-        for piece in pieces:
-            array = piece.array if scale == 1.0 else piece.array / np.asarray(scale, piece.array.dtype)
-            self.tally.add_box(kind, piece.name, piece.shape, array, piece.offset)
+        self.tally.add_boxes((kind, p.name, p.shape, _divided(p.array, scale), p.offset, "") for p in pieces)
 
     def computed(self, loss: float, norm: float, scale: float) -> None:
         self.trainer.observe = None
@@ -236,10 +234,9 @@ class _RecordedStep:
         """Weights and moments after the update; the ranks' shares become the record at ``path``."""
         self.trainer.observe = None
         self.add("weight_after", self.trainer.weights())
-        for piece in self.trainer.optimizer_state():
-            letter, _, name = piece.name.partition(".")
-            kind = {"m": "moment1", "v": "moment2"}[letter]
-            self.tally.add_box(kind, name, piece.shape, piece.array, piece.offset)
+        kinds = {"m.": "moment1", "v.": "moment2"}
+        state = self.trainer.optimizer_state()
+        self.tally.add_boxes((kinds[p.name[:2]], p.name[2:], p.shape, p.array, p.offset, "") for p in state)
         trainer, rank = self.trainer, self.trainer.rank
         if trainer.world == 1:
             self._write(path, [self.tally], row)
@@ -295,6 +292,10 @@ def config_digest(tree: JsonObject) -> str:
     rest = {key: tree[key] for key in ("optim", "lora", "preference")}
     model = from_mapping(ModelConfig, tree["model"], "model").to_dict()
     return digest_of({"model": model, "train": train, **rest})
+
+
+def _divided(array: np.ndarray, scale: float) -> np.ndarray:
+    return array if scale == 1.0 else array / np.asarray(scale, array.dtype)
 
 
 def _finite(value: float | None) -> float | None:

@@ -143,9 +143,10 @@ class Projection:
             found = map(lambda chunk: self._chunk(array, rows, column, chunk), chunks)
         return merged(found, self.buckets)
 
-    def chunks(self, rows: np.ndarray, width: int) -> list[int]:
-        """Where the chunks of rows [n] of ``width`` columns begin whose sums are added in their order, and n."""
-        return [*_cuts(rows)[: -1 : _many(width)], len(rows)]
+    def runs(self, rows: np.ndarray, width: int) -> tuple[list[int], int]:
+        """Where the runs of rows [n] of one block begin, and n; and how many, of ``width`` columns, are a chunk:
+        the sums of chunks are added in their order."""
+        return _cuts(rows), _many(width)
 
     def columns(self, column: int, width: int) -> tuple[np.ndarray, np.ndarray]:
         """Buckets uint8 and signs float32 [width] of columns from ``column`` on."""

@@ -11,10 +11,11 @@ import fnmatch
 import hashlib
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -22,8 +23,9 @@ from telechat_twins.core.files.safetensors import SafetensorsFile
 from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.parity.record.format import COLUMNS, Quantity, quantity, quantity_key
 from telechat_twins.core.parity.record.sketch import Statistics, matrix_shape
-from telechat_twins.core.parity.record.window import Rows, Windows, numbers_of
+from telechat_twins.core.parity.record.window import Addend, Rows, Window, Windows, numbers_of
 
+_TOGETHER = 1 << 24  # elements that are added in one call, if it has more than one tensor
 _OPTIONAL = ("doc_ids", "weights", "reference")
 
 
@@ -43,6 +45,16 @@ class Summands:
     shape: tuple[int, ...]
     dtype: str
     parts: list[Part] = field(default_factory=list)
+
+
+class _Box(NamedTuple):
+    """Elements ``array`` [n, m] of the quantity ``key``, of the tensor ``name``, that are to be added."""
+
+    key: str
+    name: str
+    dtype: str
+    window: Window
+    array: np.ndarray
 
 
 @dataclass
@@ -72,22 +84,38 @@ class Tally:
     ) -> None:
         """Add ``array`` [n, m]: rows ``rows`` of the matrix of a tensor of ``shape``, from column ``column`` on. Of
         weights before a step the checksums too."""
+        self._add([self._box(kind, name, shape, dtype, array, rows, column)])
+
+    def _box(
+        self, kind: str, name: str, shape: Sequence[int], dtype: str, array: np.ndarray, rows: Rows, column: int
+    ) -> _Box:
         key = quantity_key(kind, name, self.step)
         window = self.windows.of(kind, name, shape, rows, column, array.shape[1])
-        entry, blocks = self.entries.get(key), None
-        if window.grid is not None:
-            blocks = window.new_blocks(array) if entry is None else entry.blocks
-            if entry is not None and blocks is not None and blocks.dtype != window.sums_dtype:
-                blocks = entry.blocks = blocks.astype(np.float64, copy=False)
-        found, check = window.add(array, blocks)
-        if entry is None:
-            self.entries[key] = _Entry(window.projection.shape, dtype, found, blocks)
-        else:
-            entry.statistics.merge(found)
-        if window.checked:
-            self.checksums[name] = (self.checksums.get(name, 0) + check) % (1 << 64)
         if self.full and any(fnmatch.fnmatchcase(text, pattern) for pattern in self.full for text in (name, key)):
             self.parts.setdefault(key, []).append(Part(np.array(array), np.array(numbers_of(rows)), column))
+        return _Box(key, name, dtype, window, array)
+
+    def _add(self, boxes: Sequence[_Box]) -> None:
+        """Add boxes of different quantities."""
+        addends = [Addend(box.window, box.array, self._blocks(box)) for box in boxes]
+        for box, addend, (found, check) in zip(boxes, addends, self.windows.add(addends), strict=True):
+            if (entry := self.entries.get(box.key)) is None:
+                self.entries[box.key] = _Entry(box.window.projection.shape, box.dtype, found, addend.blocks)
+            else:
+                entry.statistics.merge(found)
+            if box.window.checked:
+                self.checksums[box.name] = (self.checksums.get(box.name, 0) + check) % (1 << 64)
+
+    def _blocks(self, box: _Box) -> np.ndarray | None:
+        """What the block sums of a box are added to."""
+        window, entry = box.window, self.entries.get(box.key)
+        if window.grid is None:
+            return None
+        if entry is None:
+            return window.new_blocks(box.array)
+        if entry.blocks is not None and entry.blocks.dtype != window.sums_dtype:
+            entry.blocks = entry.blocks.astype(np.float64, copy=False)
+        return entry.blocks
 
     def add_summand(
         self, kind: str, name: str, shape: Sequence[int], dtype: str, array: np.ndarray, rows: Rows, column: int
@@ -106,15 +134,20 @@ class Tally:
         self, kind: str, name: str, shape: Sequence[int], array: np.ndarray, offset: Sequence[int], dtype: str = ""
     ) -> None:
         """Add the box of a parameter-like tensor that begins at ``offset``."""
-        columns = array.shape[-1] if array.ndim else 1
-        rows: Rows = range(1)
-        for start, n, size in zip(offset[:-1], array.shape[:-1], shape[:-1], strict=True):
-            if isinstance(rows, range) and (len(rows) == 1 or (start, n) == (0, size)):
-                rows = range(rows.start * size + start, (rows.stop - 1) * size + start + n)
-            else:
-                rows = (numbers_of(rows)[:, None] * size + np.arange(start, start + n)).reshape(-1)
-        values = array.reshape(len(rows), columns)
-        self.add(kind, name, shape, dtype or _dtype_name(array.dtype), values, rows, offset[-1] if offset else 0)
+        self.add_boxes([(kind, name, shape, array, offset, dtype)])
+
+    def add_boxes(self, boxes: Iterable[tuple[str, str, Sequence[int], np.ndarray, Sequence[int], str]]) -> None:
+        """As ``add_box`` of each, with few at a time in memory."""
+        waiting, elements = dict[str, _Box](), 0
+        for kind, name, shape, array, offset, dtype in boxes:
+            columns, rows = array.shape[-1] if array.ndim else 1, _rows(shape, array.shape, offset)
+            values, column = array.reshape(len(rows), columns), offset[-1] if offset else 0
+            box = self._box(kind, name, shape, dtype or _dtype_name(array.dtype), values, rows, column)
+            if box.key in waiting or elements + array.size > _TOGETHER:
+                self._add(list(waiting.values()))
+                waiting, elements = {}, 0
+            waiting[box.key], elements = box, elements + array.size
+        self._add(list(waiting.values()))
 
     def add_scalar(self, name: str, value: float) -> None:
         """Add the loss or the gradient norm, a float64."""
@@ -129,6 +162,17 @@ class Tally:
                 if values is not None:
                     digest.update(name.encode() + np.ascontiguousarray(values[number]).tobytes())
             self.rows[first + number] = digest.hexdigest()
+
+
+def _rows(whole: Sequence[int], shape: Sequence[int], offset: Sequence[int]) -> Rows:
+    """Rows of the matrix of a tensor of shape ``whole`` that a box of ``shape`` at ``offset`` has."""
+    rows: Rows = range(1)
+    for start, n, size in zip(offset[:-1], shape[:-1], whole[:-1], strict=True):
+        if isinstance(rows, range) and (len(rows) == 1 or (start, n) == (0, size)):
+            rows = range(rows.start * size + start, (rows.stop - 1) * size + start + n)
+        else:
+            rows = (numbers_of(rows)[:, None] * size + np.arange(start, start + n)).reshape(-1)
+    return rows
 
 
 @cache

@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from telechat_twins.core.parity.record.sketch import BUCKETS, Projection, Statis
 from telechat_twins.core.parity.record.sums import Given, Prepared, Sums
 
 Rows: TypeAlias = "range | np.ndarray"  # numbers of rows of a tensor's matrix; a range, of step 1, where they count on
-_MOST = 4096  # windows that are kept
+_MOST, _MOST_TOGETHER = 4096, 64  # windows and lists of them that are kept
 _ODD, _DOWN = np.uint64(1), np.uint64(0xD1B54A32D192ED03)
 
 
@@ -40,20 +40,33 @@ class Window:
     def add(self, array: np.ndarray, blocks: np.ndarray | None = None) -> tuple[Statistics, int]:
         """Statistics and checksum (0 unless ``checked``) of ``array`` [n, m], of any float dtype; its block sums are
         added to ``blocks`` [grid.blocks], float64 or ``sums_dtype``, the first time those of ``new_blocks``."""
-        prepared = self._prepared
-        if prepared is not None and self.sums is not None and self.sums.serves(array):
-            blocked = blocks is not None and self._blocked
-            made, check = prepared(array, blocks if blocked else None)
-            if blocks is not None and self.grid is not None and not blocked:
-                self.grid.add(blocks, array, numbers_of(self.rows), self.column)
+        if self.compiled(array):
+            assert self._prepared is not None
+            made, checks = self._prepared([array], [self.own_blocks(blocks)])
             buckets = self.projection.buckets
-            nonfinite, norm2, total, least, most = made[buckets:].tolist()
-            return Statistics(made[:buckets].copy(), array.size, int(nonfinite), norm2, total, least, most), check
+            return self.taken(array, blocks, made[0, :buckets].copy(), made[0, buckets:].tolist()), int(checks[0])
         rows = numbers_of(self.rows)
         if blocks is not None and self.grid is not None:
             self.grid.add(blocks, array, rows, self.column)
         found = self.projection.slice(array, rows, self.column)
         return found, checksum(self.projection.name, array, rows, self.column) if self.checked else 0
+
+    def compiled(self, array: np.ndarray) -> bool:
+        """Whether compiled sums take ``array``."""
+        return self.given is not None and self.sums is not None and self.sums.serves(array)
+
+    def own_blocks(self, blocks: np.ndarray | None) -> np.ndarray | None:
+        """The block sums that compiled sums add to."""
+        return blocks if self._blocked else None
+
+    def taken(
+        self, array: np.ndarray, blocks: np.ndarray | None, sketch: np.ndarray, numbers: Sequence[float]
+    ) -> Statistics:
+        """The statistics of what compiled sums made; block sums that they leave to numpy are added."""
+        if blocks is not None and self.grid is not None and not self._blocked:
+            self.grid.add(blocks, array, numbers_of(self.rows), self.column)
+        nonfinite, norm2, total, least, most = numbers
+        return Statistics(sketch, array.size, int(nonfinite), norm2, total, least, most)
 
     @cached_property
     def sums_dtype(self) -> np.dtype:
@@ -64,7 +77,7 @@ class Window:
     def new_blocks(self, array: np.ndarray) -> np.ndarray:
         """Room for a tensor's block sums, ``sums_dtype`` [grid.blocks]; ``array`` [n, m]: what is added first."""
         assert self.grid is not None
-        written = self._all_blocks and self._prepared is not None and self.sums is not None and self.sums.serves(array)
+        written = self._all_blocks and self.compiled(array)
         return (np.empty if written else np.zeros)(self.grid.blocks, self.sums_dtype)
 
     @cached_property
@@ -75,13 +88,19 @@ class Window:
 
     @cached_property
     def _blocked(self) -> bool:
-        """Whether compiled sums add up the blocks."""
-        grid = self.grid
-        return grid is not None and grid.even(self.column, self.width)
+        """Whether compiled sums add up the blocks, those of a row of blocks by one thread."""
+        grid, rows = self.grid, self.rows
+        rising = isinstance(rows, range) or bool((rows[1:] > rows[:-1]).all())
+        return grid is not None and rising and grid.even(self.column, self.width)
 
     @cached_property
     def _prepared(self) -> Prepared | None:
         """The compiled sums of this window."""
+        return None if self.given is None or self.sums is None else self.sums.prepare([self.given])
+
+    @cached_property
+    def given(self) -> Given | None:
+        """What compiled sums need to know; None where numpy adds up."""
         if self.sums is None or self.projection.whole or not len(self.rows) or not self.width:
             return None
         rows = np.array([self.rows.start]) if isinstance(self.rows, range) else self.rows.astype(np.int64)
@@ -92,18 +111,26 @@ class Window:
         block = (1, 1, 0, False)
         if self.grid is not None and self._blocked:
             block = (self.grid.height, self.grid.width, self.column // self.grid.width, self._all_blocks)
-        return self.sums.prepare(
-            Given(
-                rows=rows,
-                starts=np.array(self.projection.chunks(numbers_of(self.rows), self.width), np.int64),
-                keys=np.append(self.projection.keys, key ^ _DOWN),
-                buckets=buckets,
-                signs=signs,
-                width=self.projection.buckets,
-                across=across,
-                block=block,
-            )
+        runs, many = self.projection.runs(numbers_of(self.rows), self.width)
+        return Given(
+            rows=rows,
+            runs=np.array(runs, np.int64),
+            many=many,
+            keys=np.append(self.projection.keys, key ^ _DOWN),
+            buckets=buckets,
+            signs=signs,
+            width=self.projection.buckets,
+            across=across,
+            block=block,
         )
+
+
+class Addend(NamedTuple):
+    """What Window.add takes."""
+
+    window: Window
+    array: np.ndarray
+    blocks: np.ndarray | None
 
 
 @dataclass
@@ -117,6 +144,7 @@ class Windows:
     sums: Sums | None = None
     _projections: dict[tuple[str, tuple[int, ...]], Projection] = field(default_factory=dict, repr=False)
     _held: dict[tuple[object, ...], Window] = field(default_factory=dict, repr=False)
+    _together: dict[tuple[int, ...], Prepared] = field(default_factory=dict, repr=False)  # by the ids of windows
 
     def of(self, kind: str, name: str, shape: Sequence[int], rows: Rows, column: int, width: int) -> Window:
         """The window of a tensor of ``shape``: of its checksum for weights before a step, with block sums for gradients
@@ -127,6 +155,7 @@ class Windows:
         if found is None:
             if len(self._held) >= _MOST:
                 self._held.clear()
+                self._together.clear()
             projection = self._projections.get((name, whole))
             if projection is None:
                 projection = self._projections[name, whole] = Projection(name, whole, self.buckets, self.seed)
@@ -134,6 +163,25 @@ class Windows:
             found = Window(projection, rows, column, width, kind == "weight_before", grid, self.sums)
             self._held[key] = found
         return found
+
+    def add(self, addends: Sequence[Addend]) -> list[tuple[Statistics, int]]:
+        """As Window.add gives of each, compiled sums of all in one call, whose threads share all their rows. No two may
+        have a block in common."""
+        served = [a for a in addends if a.window.compiled(a.array)]
+        if len(served) < 2:
+            return [window.add(array, blocks) for window, array, blocks in addends]
+        key = tuple(id(window) for window, _, _ in served)
+        if (prepared := self._together.get(key)) is None:
+            if len(self._together) >= _MOST_TOGETHER:
+                self._together.clear()
+            places = [given for window, _, _ in served if (given := window.given) is not None]
+            assert self.sums is not None
+            prepared = self._together[key] = self.sums.prepare(places)
+        made, checks = prepared([array for _, array, _ in served], [w.own_blocks(blocks) for w, _, blocks in served])
+        sketches, numbers = made[:, : self.buckets].copy(), made[:, self.buckets :].tolist()
+        rows = zip(served, sketches, numbers, checks.tolist(), strict=True)
+        found = {id(a): (a.window.taken(a.array, a.blocks, sketch, more), check) for a, sketch, more, check in rows}
+        return [found.get(id(a)) or a.window.add(a.array, a.blocks) for a in addends]
 
 
 def checksum(name: str, array: np.ndarray, rows: np.ndarray, column: int) -> int:

@@ -10,7 +10,8 @@ import pytest
 
 from telechat_twins.core.parity.record.blocks import Grid
 from telechat_twins.core.parity.record.sketch import Projection, Statistics
-from telechat_twins.core.parity.record.window import Rows, Window, checksum, numbers_of
+from telechat_twins.core.parity.record.tally import Tally
+from telechat_twins.core.parity.record.window import Rows, Window, Windows, checksum, numbers_of
 from telechat_twins.kernels.cpu.build import BuildError
 from telechat_twins.kernels.sums import CompiledSums
 
@@ -22,6 +23,7 @@ PARTS = {
     "rows in any order": ((700, 33), np.random.default_rng(1).permutation(700)[:500], 3),
     "many chunks": ((1400, 700), np.arange(1400), 0),
     "a vector": ((1, 5000), np.arange(1), 0),
+    "more tiles than are kept": ((140_000, 2), np.arange(140_000), 0),
 }
 
 
@@ -106,6 +108,34 @@ def test_block_sums_of_a_whole_tensor_need_no_zeros(compiled: CompiledSums, heig
     part = dataclasses.replace(window, rows=range(299))
     for first, array in ((part, values[:299]), (window, values.astype(np.float64))):  # other parts or numpy add to them
         assert not first.new_blocks(array).any()
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_sums_of_several_tensors_in_one_call_are_those_of_each(compiled: CompiledSums, threads: int) -> None:
+    compiled.set_threads(threads)
+    shapes = {"a": (300, 1104), "b": (1, 5000), "c": (700, 40), "d": (140_000, 2), "e": (2, 3)}
+    windows = Windows(grids={"a": Grid(1, 8, shapes["a"]), "c": Grid(4, 8, shapes["c"])}, sums=compiled)
+    plain = dataclasses.replace(windows, sums=None, _held={}, _together={})
+    for kind in ("gradient", "weight_before", "gradient"):
+        together, each = Tally(1, windows), Tally(1, plain)
+        boxes = [
+            (kind, name, shape, values_of(shape, np.arange(shape[0]), 0, name == "c"), (0, 0), "")
+            for name, shape in shapes.items()
+        ]
+        boxes[0] = (*boxes[0][:3], boxes[0][3][:130], (0, 0), "")  # its other rows follow
+        boxes.append((kind, "a", shapes["a"], values_of(shapes["a"], np.arange(130, 300), 0, False), (130, 0), ""))
+        together.add_boxes(boxes)
+        for _, name, shape, array, offset, _ in boxes:
+            each.add_box(kind, name, shape, array, offset)
+        assert together.checksums == each.checksums and (len(each.checksums) == len(shapes)) == (kind != "gradient")
+        assert together.entries.keys() == each.entries.keys() and len(each.entries) == len(shapes)
+        for key, entry in each.entries.items():
+            found = together.entries[key]
+            assert same(found.statistics, entry.statistics), key
+            assert (found.blocks is None) == (entry.blocks is None)
+            if entry.blocks is not None:
+                np.testing.assert_array_equal(found.blocks, entry.blocks.astype(found.blocks.dtype))
+    assert len(windows._together) == 2  # with blocks, and with checksums
 
 
 def test_blocks_that_a_slice_cuts_are_left_to_numpy(compiled: CompiledSums) -> None:
