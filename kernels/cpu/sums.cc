@@ -5,6 +5,7 @@
 // in float64, whether they are fused with an addition or not. The threads share the tiles of all matrices of a call;
 // each tile has sums of its own, which one thread then adds in their order.
 #include <limits>
+#include <type_traits>
 
 #include "kernel.h"
 #include "vec.h"
@@ -169,25 +170,38 @@ struct Tile {
   int count, group;
 };
 
-// Sums of ``width`` neighbours of ``row`` [m], a power of two: of pairs, of pairs of these and so on. Returns where they
-// are, in ``scratch``.
-void add_neighbours(const float *row, int64_t m, int64_t width, double *scratch) {
-  const vl even{0, 2, 4, 6, 8, 10, 12, 14}, odd{1, 3, 5, 7, 9, 11, 13, 15};
-  const auto halve = [&](auto &&load, int64_t n, auto &&one) {
-    int64_t j = 0;
-    for (; j + kLanes <= n; j += kLanes) {
-      const vd a = load(2 * j), b = load(2 * j + kLanes);
-      put(scratch + j, __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd));
-    }
-    for (; j < n; j++) scratch[j] = one(2 * j) + one(2 * j + 1);
-  };
-  if (width == 1) {
-    for (int64_t j = 0; j < m; j++) scratch[j] = row[j];
-    return;
+// Sums of N neighbours, a power of two, of kLanes * N numbers: of pairs, of pairs of these and so on.
+template <int N>
+inline vd add_neighbours(const float *row) {
+  if constexpr (N == 1) {
+    return widen(get<vs>(row));
+  } else {
+    const vl even{0, 2, 4, 6, 8, 10, 12, 14}, odd{1, 3, 5, 7, 9, 11, 13, 15};
+    const vd a = add_neighbours<N / 2>(row), b = add_neighbours<N / 2>(row + kLanes * N / 2);
+    return __builtin_shuffle(a, b, even) + __builtin_shuffle(a, b, odd);
   }
-  halve([&](int64_t j) { return widen(get<vs>(row + j)); }, m / 2, [&](int64_t j) { return static_cast<double>(row[j]); });
-  for (int64_t made = 2, n = m / 4; made < width; made *= 2, n /= 2)
-    halve([&](int64_t j) { return get<vd>(scratch + j); }, n, [&](int64_t j) { return scratch[j]; });
+}
+
+// Sums of ``width`` neighbours of ``row`` [m], a power of two, as above, into ``sums`` [m / width].
+void add_neighbours(const float *row, int64_t m, int64_t width, double *sums) {
+  int64_t j = 0;
+  const auto whole = [&](auto at_once) {
+    constexpr int N = decltype(at_once)::value;
+    for (; (j + kLanes) * N <= m; j += kLanes) put(sums + j, add_neighbours<N>(row + j * N));
+    for (; j * N < m; j++) {
+      double part[N];
+      for (int i = 0; i < N; i++) part[i] = row[j * N + i];
+      for (int n = N / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) part[i] = part[2 * i] + part[2 * i + 1];
+      sums[j] = part[0];
+    }
+  };
+  if (width == 1) return whole(std::integral_constant<int, 1>());
+  if (width == 2) return whole(std::integral_constant<int, 2>());
+  if (width == 4) return whole(std::integral_constant<int, 4>());
+  whole(std::integral_constant<int, 8>());
+  for (int64_t made = 8, n = m / 16; made < width; made *= 2, n /= 2)
+    for (int64_t i = 0; i < n; i++) sums[i] = sums[2 * i] + sums[2 * i + 1];
 }
 
 // As kernels/sums.py lays it out in a row of its table, every field 8 bytes.
