@@ -85,6 +85,8 @@ def test_a_command_and_a_run_in_progress_record_the_same(config, tmp_path, capfd
         (["--steps", "0"], "--steps: must be at least 1"),
         (["--steps", "101"], "at most the run's train.steps 100"),
         (["--at", "2"], "--at: must name steps from 1 to --steps 1"),
+        (["--full", "norm.*", "layers.9.*"], "--full: 'layers.9.*' matches no quantity of the"),
+        (["--full", "gradient:embed.weight@2"], "--full: 'gradient:embed.weight@2' matches no quantity"),
         (["--rows", "-1"], "--rows: must be at least 1"),
         (["--layout", "tp3"], "--layout tp3"),
         (["--resume", "nowhere"], "nowhere"),

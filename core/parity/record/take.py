@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 import json
 import math
 import shutil
@@ -58,7 +59,14 @@ def check_wanted(config: RunConfig, out: Path, wanted: Wanted) -> None:
     outside = [step for step in wanted.at if wanted.resume is None and not 1 <= step <= wanted.steps]
     if outside or not wanted.at:
         raise UserError(f"--at: must name steps from 1 to --steps {wanted.steps}, found {outside or 'none'}")
-    fitting_buckets(len(quantity_order(config, 1)) * len(wanted.at), wanted.steps)
+    keys = [key for step in wanted.at for key in quantity_order(config, step)]
+    texts = {*keys, *(key.partition(":")[2].rpartition("@")[0] for key in keys)}
+    if lost := [pattern for pattern in wanted.full if not any(fnmatch.fnmatchcase(text, pattern) for text in texts)]:
+        raise UserError(
+            f"--full: '{lost[0]}' matches no quantity of the recorded steps; give names as 'layers.1.ffn.*' or keys as "
+            f"'{keys[0]}'"
+        )
+    fitting_buckets(len(keys), wanted.steps)
     if out.is_symlink() or out.exists() and not (out.is_dir() and (is_record(out) or not any(out.iterdir()))):
         raise UserError(f"--out {out}: must be a new folder, an empty one or a former record; give another folder")
 
@@ -143,8 +151,6 @@ class Rehearsal:
 
 def rehearse(config: RunConfig, wanted: Wanted) -> Rehearsal:
     """The sizes of a record, from shapes alone: nothing is allocated, and no data is read."""
-    import fnmatch
-
     order = quantity_order(config, 1)
     buckets, grids = fitting_sketches(config, len(wanted.at))
     sums = sum(blocks_bytes(grid.blocks) for grid in grids.values())
