@@ -40,14 +40,53 @@ struct Sums {
   bool direct_;
 };
 
-constexpr int64_t kPart = 1024;  // queries gathered and transposed at a time; a multiple of kQueries
+// Queries gathered and transposed at a time, a multiple of kQueries: with D = 64 they take half a second cache of 1 MiB.
+constexpr int64_t kPart = 512;
 
-// Queries [first, last) of one head in the backward pass. ``q``, ``grad``: rows [queries, D]; ``queries``, ``grads``:
-// the same transposed block by block, [blocks][D, lanes].
+// Queries [first, last) of one head in the backward pass. ``k``, ``v``: rows [T, D] of its kv head; ``q``, ``grad``: rows
+// [queries, D]; ``queries``, ``grads``: the same transposed block by block, [blocks][D, lanes].
 struct Part {
   int64_t b, h, first, last;
-  Rows q, grad;
+  Rows k, v, q, grad;
   const float *queries, *grads;
+  const Visible *visible;  // of the blocks of all queries of the batch row
+};
+
+// What the blocks of queries of every batch row see, or of one for all; found once, as each block meets all blocks of
+// keys of all heads.
+struct Sights {
+  int64_t blocks;
+  bool shared;
+  std::vector<Visible> found;
+
+  Sights(const Shapes &s, const View &ranges)
+      : blocks((s.S + kQueries - 1) / kQueries), shared(ranges.shape[0] == 1) {
+    for (int64_t b = 0; b < (shared ? 1 : s.B); b++)
+      for (int64_t start = 0; start < s.S; start += kQueries)
+        found.emplace_back(ranges, b, lanes_of_head(s, 0, start), s.T);
+  }
+  const Visible *of(int64_t b) const { return found.data() + (shared ? 0 : b * blocks); }
+};
+
+// P = 2^(s - level) and dS = scale P (dP - mean), with ``level`` (log_sum_exp) and ``mean`` (delta) of the lanes. They
+// replace the scores s and the gradients dP [keys, lanes]; s and level are in units of ln 2.
+struct Weigher {
+  const float *level, *mean;
+  float scale;
+
+  template <bool WHOLE>
+  void weigh(float *weights, float *d_scores, int64_t keys, int64_t lanes) const {
+    for (int64_t j = 0; j < lanes; j += W) {
+      const vf under = load(level + j), pull = load(mean + j);
+      for (int64_t t = 0; t < keys; t++) {
+        float *p = weights + t * lanes + j, *d = d_scores + t * lanes + j;
+        const vf score = load(p), w = power_of_two(score - under), gradient = w * (load(d) - pull) * scale;
+        store(p, w);
+        // Beside a hidden score lies what an earlier block left there, which must not reach a sum even as 0 * NaN.
+        store(d, WHOLE ? gradient : select(score == kNone, splat(0.0f), gradient));
+      }
+    }
+  }
 };
 
 // Contribution of the keys [from, to) and the queries of ``part`` to dq, dk and dv.
@@ -58,36 +97,28 @@ void backward_block(const Shapes &s, const View *in, const Part &part, int64_t f
                     int64_t ldq, const Sums &dk, const Sums &dv, Room &room) {
   const int64_t keys = to - from, at = (part.b * s.H + part.h) * s.S;
   const float *lse = in[5].as<float>() + at, *delta = in[6].as<float>() + at;
-  Rows k, v;
+  const Rows k = part.k.from(from), v = part.v.from(from);
   room.scores.resize(kKeys * kQueries), room.d_scores.resize(kKeys * kQueries);
   float *weights = room.scores.data(), *d_scores = room.d_scores.data();
   for (int64_t start = part.first; start < part.last; start += kQueries) {
-    const Lanes block = lanes_of_head(s, part.h, start);
-    const int64_t n = block.n, lanes = block.padded, row = start - part.first;
-    const Visible visible(in[4], part.b, block, s.T);
+    const int64_t n = std::min(kQueries, s.S - start), lanes = padded(n), row = start - part.first;
+    const Visible &visible = part.visible[start / kQueries];
     if (visible.none(from, to)) continue;
-    if (!k.data) {
-      k = Rows(in[2], part.b, part.h / s.G, from, keys, room.k, true);
-      v = Rows(in[3], part.b, part.h / s.G, from, keys, room.v, true);
-    }
     const float *queries = part.queries + row * s.D, *grads = part.grads + row * s.D;
     visible_scores(visible, keys, lanes, s.D, from, k.data, k.stride, queries, weights);  // the scale is in queries
     visible_scores(visible, keys, lanes, s.D, from, v.data, v.stride, grads, d_scores);  // dP^T = V dO^T
     const bool whole = visible.whole(from, to);
     if (!whole) hide(weights, keys, lanes, from, visible, kNone);
-    for (int64_t j = 0; j < lanes; j += W) {
-      const int rest = static_cast<int>(std::min<int64_t>(W, n - j));
-      vf level = get(lse + start + j, rest);
-      level = select(level == kNone, splat(0.0f), level);
-      const vf mean = get(delta + start + j, rest);
-      for (int64_t t = 0; t < keys; t++) {
-        float *p = weights + t * lanes + j, *d = d_scores + t * lanes + j;
-        const vf score = load(p), w = exponential(score - level), gradient = w * (load(d) - mean) * scale;
-        store(p, w);
-        // Beside a hidden score lies what an earlier block left there, which must not reach a sum even as 0 * NaN.
-        store(d, whole ? gradient : select(score == kNone, splat(0.0f), gradient));
-      }
+    alignas(64) float level[kQueries], mean[kQueries];
+    for (int64_t l = 0; l < lanes; l++) {
+      level[l] = l < n && lse[start + l] != kNone ? lse[start + l] * kLog2E : 0.0f;
+      mean[l] = l < n ? delta[start + l] : 0.0f;
     }
+    const Weigher weigher{level, mean, scale};
+    if (whole)
+      weigher.weigh<true>(weights, d_scores, keys, lanes);
+    else
+      weigher.weigh<false>(weights, d_scores, keys, lanes);
     const float *q = part.q.data + row * part.q.stride, *grad = part.grad.data + row * part.grad.stride;
     // The sums over queries take P^T and dS^T as they are, the sum over keys takes dS^T by transposed strides. Each
     // takes what its rows of tiles see; beyond that there are zeros.
@@ -118,9 +149,10 @@ void backward_block(const Shapes &s, const View *in, const Part &part, int64_t f
 // of a block belong to one hand; dq is a sum over blocks of keys, so every hand but the first has a dq of its own, and
 // these are added in the order of the hands, by one thread or several (``alone``) with the same bits.
 void backward_head(const Shapes &s, const View *in, const View *out, int64_t b, int64_t kv, float scale, int64_t hands,
-                   bool alone, Room *rooms) {
+                   bool alone, const Visible *visible, Room *rooms) {
   Room &room = rooms[0];
   const Sums dk(out[1], b, kv, room.dk), dv(out[2], b, kv, room.dv);
+  const Rows k(in[2], b, kv, 0, s.T, room.k, true), v(in[3], b, kv, 0, s.T, room.v, true);
   room.queries.resize(s.D * kPart), room.grads.resize(s.D * kPart);
   std::vector<Floats> own(hands - 1);
   for (int64_t h = kv * s.G; h < (kv + 1) * s.G; h++) {
@@ -129,11 +161,11 @@ void backward_head(const Shapes &s, const View *in, const View *out, int64_t b, 
       const int64_t last = std::min(s.S, first + kPart), rows = last - first;
       for (int64_t start = first; start < last; start += kQueries) {
         const Lanes block = lanes_of_head(s, h, start);
-        transpose(in[1], b, block, scale, &room.queries[(start - first) * s.D]);
+        transpose(in[1], b, block, scale * kLog2E, &room.queries[(start - first) * s.D]);
         transpose(in[0], b, block, 1.0f, &room.grads[(start - first) * s.D]);
       }
-      const Part part{b, h, first, last, Rows(in[1], b, h, first, rows, room.q, true),
-                      Rows(in[0], b, h, first, rows, room.grad, true), room.queries.data(), room.grads.data()};
+      const Part part{b, h, first, last, k, v, Rows(in[1], b, h, first, rows, room.q, true),
+                      Rows(in[0], b, h, first, rows, room.grad, true), room.queries.data(), room.grads.data(), visible};
       const auto work = [&](int64_t hand, int thread) {
         float *to = dq.data + first * dq.stride;
         int64_t stride = dq.stride;
@@ -202,14 +234,15 @@ KERNEL(attention_backward, 7, 3, 1) {
                : backward_tiles<3>(s, in, out, scale, hands);
 #endif
   const bool alone = divides(tasks);
+  const Sights sights(s, in[4]);
   std::vector<Room> rooms(threads_for(alone ? tasks : hands, 1));
   if (alone)
     parallel_items(tasks, [&](int64_t item, int thread) {
-      backward_head(s, in, out, item / s.K, item % s.K, scale, hands, true, &rooms[thread]);
+      backward_head(s, in, out, item / s.K, item % s.K, scale, hands, true, sights.of(item / s.K), &rooms[thread]);
     });
   else
     for (int64_t item = 0; item < tasks; item++)
-      backward_head(s, in, out, item / s.K, item % s.K, scale, hands, false, rooms.data());
+      backward_head(s, in, out, item / s.K, item % s.K, scale, hands, false, sights.of(item / s.K), rooms.data());
 }
 
 // in: grad, out [B, S, H, D]; out: rowsum(grad * out) [B, H, S] float32

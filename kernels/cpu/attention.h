@@ -26,6 +26,14 @@ struct Rows {
   int64_t stride = 0;
 
   Rows() = default;
+  // The rows from ``first`` on, which may be one beyond the last.
+  Rows from(int64_t first) const {
+    Rows rest;
+    rest.data = data + first * stride, rest.stride = stride;
+    return rest;
+  }
+  // Brings a row's line with element d into the second cache; an address that is not readable does nothing.
+  void fetch(int64_t row, int64_t d) const { __builtin_prefetch(data + row * stride + d, 0, 2); }
   Rows(const View &x, int64_t b, int64_t h, int64_t first, int64_t rows, Floats &room,
        bool together = false) {
     const int64_t D = x.shape[3], at = b * x.stride[0] + first * x.stride[1] + h * x.stride[2];
@@ -207,8 +215,43 @@ inline Lanes lanes_of_group(const Shapes &s, int64_t kv, int64_t first) {
   return lanes;
 }
 
-// Output rows and log_sum_exp of one block of queries. Invariant after each block of keys, per lane and over the keys
-// so far: top = max(s), total = sum(e^(s - top)), sums [D, lanes] = sum(e^(s - top) v).
+// Running softmax of one block of queries. Invariant after each block of keys, per lane and over the keys so far, with
+// scores s in units of ln 2: top = max(s), total = sum(2^(s - top)), sums [D, lanes] = sum(2^(s - top) v).
+struct Softmax {
+  alignas(64) float top[kQueries], total[kQueries];
+  float *sums;
+
+  // Scores [keys, lanes] become 2^(s - top), and what was summed before is scaled to the new maximum. On the way the
+  // rows of the next block of keys and values (``next``, whose addresses need not be readable) come into the second
+  // cache: those of one head lie apart in memory, which the processor does not foresee.
+  void add(float *scores, int64_t keys, int64_t lanes, int64_t D, const Rows *next) {
+    for (int64_t j = 0; j < lanes; j += W) {
+      const vf before = load(top + j);
+      vf most = before, other = before;  // two chains of maxima
+      int64_t t = 0;
+      for (; t + 2 <= keys; t += 2) {
+        most = maximum(load(scores + t * lanes + j), most);
+        other = maximum(load(scores + (t + 1) * lanes + j), other);
+      }
+      if (t < keys) most = maximum(load(scores + t * lanes + j), most);
+      most = maximum(other, most);
+      const vf level = select(most == kNone, splat(0.0f), most);  // no visible key so far: 2^(-inf - 0) = 0, not NaN
+      const vf shrink = power_of_two(before - level);  // the factor of earlier sums under the new maximum
+      vf sum = splat(0.0f);  // a sum per block, added once, as in gemm.h
+      for (t = 0; t < keys; t++) {
+        float *p = scores + t * lanes + j;
+        const vf e = power_of_two(load(p) - level);
+        store(p, e);
+        sum += e;
+        for (int64_t d = j; d < D; d += lanes) next[0].fetch(t, d), next[1].fetch(t, d);
+      }
+      store(total + j, load(total + j) * shrink + sum), store(top + j, most);
+      for (int64_t d = 0; d < D; d++) store(sums + d * lanes + j, load(sums + d * lanes + j) * shrink);
+    }
+  }
+};
+
+// Output rows and log_sum_exp of one block of queries.
 template <typename O>
 void forward_block(const Shapes &s, const View *in, const View *out, int64_t b, const Lanes &block, float scale,
                    Room &room) {
@@ -216,9 +259,11 @@ void forward_block(const Shapes &s, const View *in, const View *out, int64_t b, 
   const int64_t lanes = block.padded;
   room.queries.resize(s.Dp * kQueries), room.scores.resize(kKeys * kQueries), room.out.resize(s.Dp * kQueries);
   float *queries = room.queries.data(), *scores = room.scores.data(), *sums = room.out.data();
-  transpose(in[0], b, block, scale, queries);
+  transpose(in[0], b, block, scale * kLog2E, queries);
   const Visible visible(in[3], b, block, s.T);
-  alignas(64) float top[kQueries], total[kQueries];
+  Softmax softmax;
+  softmax.sums = sums;
+  float *top = softmax.top, *total = softmax.total;
   for (int64_t i = 0; i < lanes; i++) top[i] = kNone, total[i] = 0.0f;
   std::memset(sums, 0, s.D * lanes * sizeof(float));
   for (int64_t from = visible.any_first; from < visible.any_last; from += kKeys) {
@@ -226,22 +271,8 @@ void forward_block(const Shapes &s, const View *in, const View *out, int64_t b, 
     // S^T [keys, lanes] = K [keys, D] Q^T [D, lanes]; the scale is in Q^T.
     visible_scores(visible, keys, lanes, s.D, from, k.data + from * k.stride, k.stride, queries, scores);
     if (!visible.whole(from, from + keys)) hide(scores, keys, lanes, from, visible, kNone);
-    for (int64_t j = 0; j < lanes; j += W) {
-      const vf before = load(top + j);
-      vf most = before;
-      for (int64_t t = 0; t < keys; t++) most = maximum(load(scores + t * lanes + j), most);
-      const vf level = select(most == kNone, splat(0.0f), most);  // no visible key so far: e^(-inf - 0) = 0, not NaN
-      const vf shrink = exponential(before - level);  // the factor of earlier sums under the new maximum
-      vf sum = splat(0.0f);  // a sum per block, added once, as in gemm.h
-      for (int64_t t = 0; t < keys; t++) {
-        float *p = scores + t * lanes + j;
-        const vf e = exponential(load(p) - level);
-        store(p, e);
-        sum += e;
-      }
-      store(total + j, load(total + j) * shrink + sum), store(top + j, most);
-      for (int64_t d = 0; d < s.D; d++) store(sums + d * lanes + j, load(sums + d * lanes + j) * shrink);
-    }
+    const Rows next[2] = {k.from(from + keys), v.from(from + keys)};
+    softmax.add(scores, keys, lanes, s.D, next);
     // O^T [D, lanes] += V^T [D, keys] P^T [keys, lanes]: V is read transposed by its strides. Hidden keys at the ends
     // have probability 0 and are left out.
     const int64_t side = visible.whole(from, from + keys) ? lanes : 2 * W;
@@ -254,7 +285,8 @@ void forward_block(const Shapes &s, const View *in, const View *out, int64_t b, 
   }
   for (int64_t i = 0; i < block.n; i++) {
     const int64_t h = block.head[i], query = block.query[i];
-    out[1].as<float>()[(b * s.H + h) * s.S + query] = total[i] == 0.0f ? kNone : top[i] + std::log(total[i]);
+    out[1].as<float>()[(b * s.H + h) * s.S + query] =
+      total[i] == 0.0f ? kNone : static_cast<float>(top[i] * M_LN2 + std::log(total[i]));
     const float inverse = total[i] == 0.0f ? 0.0f : 1.0f / total[i];
     top[i] = inverse;
   }

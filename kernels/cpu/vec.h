@@ -237,6 +237,21 @@ constexpr float kLn2 = 0.693147182f;  // error 1.9e-09, times n in e^x: a unit i
 #endif
 constexpr float kLog2E = 1.44269504088896341f;
 
+#if !defined(__AVX512F__)
+constexpr float kInteger = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, counted in the low bits
+// 2^n e^r with |r| <= ln(2)/2 and n in the low bits of ``t``: e^r = 1 + r + r^2 q(r), q of degree 4, minimax, error 3e-09.
+static inline vf near_zero(vf r, vf t) {
+  vf p = splat(1.381459879e-03f);
+  p = p * r + 8.368716575e-03f;
+  p = p * r + 4.166838899e-02f;
+  p = p * r + 1.666652113e-01f;
+  p = p * r + 4.999999404e-01f;
+  p = p * r + 1.0f;
+  p = p * r + 1.0f;
+  return (vf)((vi)p + ((vi)t << 23));  // n goes into the exponent
+}
+#endif
+
 // e^x within 3 units in the last place, 5 beyond |x| = 22; 0 below -87.33654, at most e^88.37 (finite), NaN of NaN.
 static inline vf exponential(vf x) {
 #if defined(__AVX512F__)
@@ -246,24 +261,29 @@ static inline vf exponential(vf x) {
   const vf r = x - n * kLn2;
   return power(t, (r * kSecond + kFirst) * r, kept);
 #else
-  // x = n ln 2 + r with |r| <= ln(2)/2, and e^r = 1 + r + r^2 q(r), q of degree 4, minimax, error 3e-09.
-  const vf shifter = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
   const vi silent = x < splat(-87.33654f), nan = x != x;
   const vf given = x;
   x = minimum(maximum(x, splat(-87.33654f)), splat(88.37f));
-  const vf t = x * 1.44269504088896341f + shifter;
-  const vf n = t - shifter;
-  vf r = x - n * 0.693359375f;  // ln 2 in two parts, the first exact in few bits
+  const vf t = x * kLog2E + kInteger;
+  const vf n = t - kInteger;
+  vf r = x - n * 0.693359375f;  // x = n ln 2 + r, with ln 2 in two parts, the first exact in few bits
   r = r + n * 2.12194440e-4f;  // Cody-Waite reduction
-  vf p = splat(1.381459879e-03f);
-  p = p * r + 8.368716575e-03f;
-  p = p * r + 4.166838899e-02f;
-  p = p * r + 1.666652113e-01f;
-  p = p * r + 4.999999404e-01f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
-  const vf out = (vf)((vi)p + ((vi)t << 23));  // the low bits of t are n, and go into the exponent
+  const vf out = near_zero(r, t);
   return select(nan, given, (vf)(~silent & (vi)out));
+#endif
+}
+
+// 2^x within 3 units in the last place for x < 127: 0 below -126, NaN of NaN. Cheaper than ``exponential``, since the
+// difference from a multiple of 1/32 is exact and x is not limited from above.
+static inline vf power_of_two(vf x) {
+#if defined(__AVX512F__)
+  const __mmask16 kept = _mm512_cmp_ps_mask((__m512)x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);
+  const vf t = x + kShifter, r = x - (t - kShifter);
+  return power(t, (r * (kSecond * kLn2 * kLn2) + kFirst * kLn2) * r, kept);
+#else
+  const vi silent = x < splat(-126.0f), nan = x != x;
+  const vf level = maximum(x, splat(-126.0f)), t = level + kInteger;
+  return select(nan, x, (vf)(~silent & (vi)near_zero((level - (t - kInteger)) * 0.693147182f, t)));
 #endif
 }
 
