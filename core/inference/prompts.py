@@ -15,7 +15,7 @@ from telechat_twins.core.data.forms.formats import TOKENS, form_of
 from telechat_twins.core.data.forms.streams import UTF8
 from telechat_twins.core.data.forms.texts import text_blocks
 from telechat_twins.core.data.kinds.messages import ANSWERS, Reading
-from telechat_twins.core.data.kinds.table import mark_keys
+from telechat_twins.core.data.kinds.table import DIALOGUE, is_empty, kinds_with, mark_keys
 from telechat_twins.core.data.rows import find_inputs, read_rows
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference.chat import assistant_message
@@ -61,8 +61,9 @@ def read_prompts(
     """The prompts of files of rows (all forms and dialogue kinds that ``tele data --sft`` reads) and of text files.
 
     In a row, the messages up to the last answer (the last run of assistant's messages); a row that ends with a question
-    is a prompt as a whole. In a text file, each line that is not blank. UserError, naming file and line, for rows that
-    cannot be read and for a row without a question. ``thinks``: as in Prompt.
+    is a prompt as a whole, as is one that has a question under a key of its own and no answer. In a text file, each
+    line that is not blank. UserError, naming file and line, for rows that cannot be read and for a row without a
+    question. ``thinks``: as in Prompt.
     """
     for path in find_inputs(inputs):
         form = form_of(path)
@@ -74,7 +75,23 @@ def read_prompts(
             yield from _lines(path, encoding, thinks)
             continue
         for where, row in read_rows(path, None, encoding):
-            yield _prompt_of(parse_dialogue(row, where, reading=reading), row, thinks)
+            yield _prompt_of(parse_dialogue(_answered(row, reading), where, reading=reading), row, thinks)
+
+
+_UNANSWERED = "-"  # stands for the answer that a row has not, and is left out with it
+
+
+def _answered(row: JsonObject, reading: Reading) -> JsonObject:
+    """``row``, with an answer where it has but a question: {"prompt": ...}, {"instruction": ..., "input": ...}."""
+    given = {key for key, value in row.items() if key not in reading.ignore and not is_empty(value)}
+    kinds = kinds_with(reading.columns.parts)
+    if any(kind.use == DIALOGUE and kind.marked_by(given) for kind in kinds.values()):
+        return row
+    slots = {"alpaca": "instruction", "query": "question", "completion": "prompt"}
+    asked = {name: slot for name, slot in slots.items() if reading.kind in (None, name)}
+    found = [kinds[name] for name, slot in asked.items() if given.intersection(kinds[name].slots[slot])]
+    names = [name for kind in found for name in kind.slots["answer"] if name not in reading.ignore]
+    return {**row, names[0]: _UNANSWERED} if len(found) == 1 and names else row
 
 
 def prompt_encoder(layout: ChatLayout, bos: int | None) -> Callable[[Prompt], list[int]]:

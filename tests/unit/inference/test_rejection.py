@@ -121,6 +121,36 @@ def test_rows_of_every_kind_and_lines_give_prompts(tmp_path):
         survey(iter(()), lambda prompt: [])
 
 
+@pytest.mark.parametrize(
+    ("row", "asked"),
+    [
+        ({"prompt": "a"}, "a"),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": ""}, "a"),
+        ({"question": "a", "id": 7}, "a"),
+        ({"instruction": "a", "input": "b", "output": ""}, "a\nb"),
+        ({"query": "a", "system": "s"}, "a"),
+    ],
+)
+def test_a_row_without_an_answer_is_a_prompt(tmp_path, row, asked):
+    (one,) = prompts_of(tmp_path, [row])
+    assert one.messages[-1] == {"role": "user", "content": asked} and one.row == row
+    assert len(one.messages) == 1 + ("system" in row)
+
+
+def test_a_row_without_an_answer_in_two_kinds_is_read_as_the_one_that_is_named(tmp_path):
+    row = {"prompt": "a", "question": "b"}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row))
+    reading = Reading(ignore=frozenset({"prompt"}), kind="query")
+    (one,) = read_prompts([tmp_path / "rows.jsonl"], reading)
+    assert one.messages == [{"role": "user", "content": "b"}]
+
+
+@pytest.mark.parametrize("row", [{"prompt": ""}, {"prompt": "a", "question": "b"}, {"prompt": "a", "premise": "x"}, {}])
+def test_a_row_without_an_answer_loses_nothing(tmp_path, row):
+    with pytest.raises(UserError, match="rows.jsonl:1"):
+        prompts_of(tmp_path, [row])
+
+
 def test_answers_with_tool_calls_become_rows_again(tmp_path):
     call = '<tool_call>\n{"name": "f", "arguments": {"x": 1}}\n</tool_call>'
     turn = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "old"}]
