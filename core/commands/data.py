@@ -67,7 +67,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--force", action="store_true", help="replace an existing packed folder")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument(
-        "--threads", type=int, metavar="N", help="tokenizing processes for texts (default: one for each core)"
+        "--threads",
+        type=int,
+        metavar="N",
+        help="processes that tokenize texts, and dialogues for --sft plain (default: one for each core)",
     )
     _add_row_options(parser)
 
@@ -231,7 +234,7 @@ def _pack_text(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading)
         tokenizer,
         add_bos=args.bos,
         text_key=args.text_key,
-        threads=args.threads or len(os.sched_getaffinity(0)),
+        threads=_threads(args),
         reading=reading,
         encoding=args.encoding,
         force=args.force,
@@ -257,12 +260,17 @@ def _pack_sft(args: argparse.Namespace, tokenizer: Tokenizer, reading: Reading) 
         shuffle_seed=seed,
         start_token="" if args.no_start else START,
         layout=args.layout,
+        threads=_threads(args),
         reading=reading,
         encoding=args.encoding,
         force=args.force,
         quiet=args.quiet,
     )
     _print_dialogues(args, meta)
+
+
+def _threads(args: argparse.Namespace) -> int:
+    return args.threads or len(os.sched_getaffinity(0))
 
 
 def _print_dialogues(args: argparse.Namespace, meta: JsonObject) -> None:
@@ -396,3 +404,6 @@ def _check_options(args: argparse.Namespace, use: str) -> None:
     for name, (given, uses) in belongs.items():
         if given and use not in uses:
             raise UserError(f"{name}: only with {', '.join(options[one] for one in uses)}")
+    if args.threads is not None and args.threads > 1 and use != TEXT and args.sft != "plain":
+        rows = f"--sft {args.sft}" if args.sft else options[use]
+        print(f"note: --threads {args.threads}: rows of {rows} are packed by one process", file=sys.stderr)

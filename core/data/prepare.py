@@ -21,6 +21,7 @@ from telechat_twins.core.data.forms.streams import UTF8
 from telechat_twins.core.data.kinds.messages import Reading
 from telechat_twins.core.data.packed import PackedWriter
 from telechat_twins.core.data.packing.dialogue_file import DialogueFile
+from telechat_twins.core.data.packing.processes import DialogueEncoder, dialogue_samples_of
 from telechat_twins.core.data.rows import (
     RowReader,
     Unchanged,
@@ -39,7 +40,7 @@ from telechat_twins.core.data.sft import (
     deepspeed_mask,
     deepspeed_sequences,
     mindformers_packs,
-    plain_sequences,
+    pack_samples,
 )
 from telechat_twins.core.data.tokenizer import Tokenizer
 from telechat_twins.core.errors import UserError
@@ -142,6 +143,7 @@ def pack_dialogues(
     shuffle_seed: int | None = MINDFORMERS_SEED,
     start_token: str = START,
     layout: ChatLayout | None = None,
+    threads: int = 1,
     reading: Reading | None = None,
     encoding: str = UTF8,
     force: bool = False,
@@ -150,9 +152,10 @@ def pack_dialogues(
     """Dialogues -> packed folder ``out`` of kind "sft" with loss masks; returns its meta.
 
     ``variant`` is one of core.data.sft.VARIANTS; ``template`` applies to "deepspeed", ``shuffle_seed`` and
-    ``start_token`` to "mindformers", ``layout`` (of the model's chats; None: TeleChat2's) to "plain". ``reading`` has
-    the options of rows and receives what is noticed. DeepSpeed sequences are stored cut to ``seq_len``, as the released
-    collator cuts them. Load the tokenizer with ``in_vocabulary=True``: an id outside the vocabulary is refused here.
+    ``start_token`` to "mindformers", ``layout`` (of the model's chats; None: TeleChat2's) and ``threads`` (processes
+    that read and tokenize rows) to "plain". ``reading`` has the options of rows and receives what is noticed. DeepSpeed
+    sequences are stored cut to ``seq_len``, as the released collator cuts them. Load the tokenizer with
+    ``in_vocabulary=True``: an id outside the vocabulary is refused here.
     """
     files = _dialogue_files(inputs, variant, seq_len)
     sources, counts = Unchanged(files), Counts()
@@ -164,12 +167,9 @@ def pack_dialogues(
         progress_bar("packing", passes * total_bytes(files), quiet) as bar,
     ):
         if variant == "plain":
-            rows = (
-                parse_dialogue(row, where, reading=reading)
-                for file in files
-                for where, row in read_rows(file, bar.update, encoding)
-            )
-            sequences = plain_sequences(rows, tokenizer, seq_len, counts, layout)
+            encoder = DialogueEncoder(tokenizer, layout, reading, counts)
+            samples = dialogue_samples_of(files, encoder, threads, bar.update, encoding)
+            sequences = pack_samples(samples, seq_len, counts)
         else:
             indexed = DialogueFile(files, bar.update, (), reading, encoding, Path(out).absolute().parent)
             if variant == "deepspeed":

@@ -13,6 +13,7 @@ import random
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 
@@ -20,7 +21,7 @@ from telechat_twins.core.data.chat_layout import BuiltInLayout, ChatLayout, Temp
 from telechat_twins.core.data.chat_template import render
 from telechat_twins.core.data.control import BOT, END, PAD, START, SYSTEM, TOOL_TOKENS, USER
 from telechat_twins.core.data.dialogues import Dialogue
-from telechat_twins.core.data.packing.samples import Sample, encode_samples, with_reasoning
+from telechat_twins.core.data.packing.samples import AnySample, Sample, encode_samples, with_reasoning
 from telechat_twins.core.data.tokenizer import Tokenizer
 from telechat_twins.core.errors import UserError
 
@@ -83,55 +84,51 @@ def dialogue_samples(tokenizer: Tokenizer, dialogue: Dialogue, layout: ChatLayou
         raise UserError(f"{dialogue.where}: {error}") from None
 
 
-def plain_sequences(
-    dialogues: Iterable[Dialogue],
-    tokenizer: Tokenizer,
-    max_length: int,
-    counts: Counts | None = None,
-    layout: ChatLayout | None = None,
-) -> Iterator[TrainingSequence]:
-    """Rows in order, packed while they fit into ``max_length``; a row that does not fit starts the next pack.
+def pack_samples(samples: Iterable[AnySample], max_length: int, counts: Counts) -> Iterator[TrainingSequence]:
+    """Samples in order, packed while they fit into ``max_length``; one that does not fit starts the next pack.
 
-    A row longer than a pack is cut into windows that overlap by one token, so each of its targets is still predicted
-    exactly once (the later windows without the earlier context); ``counts.cut`` counts such rows. Streams.
+    A sample longer than a pack is cut into windows that overlap by one token, so each of its targets is still predicted
+    exactly once (the later windows without the earlier context); ``counts.cut`` counts such samples. Streams.
     """
-    counts = counts if counts is not None else Counts()
-    pack_ids: list[int] = []
-    pack_mask: list[int] = []
-    starts: list[int] = []
-
-    def take() -> Iterator[TrainingSequence]:
-        if pack_ids:
-            yield _sequence(pack_ids, pack_mask, tuple(starts))
-            pack_ids.clear()
-            pack_mask.clear()
-            starts.clear()
-
-    for ids, mask in _samples(dialogues, tokenizer, counts, layout):
-        if len(ids) > max_length:
-            yield from take()
-            counts.cut += 1
-            for begin in range(0, len(ids) - 1, max_length - 1):
-                piece = mask[begin : begin + max_length]
-                # The overlapped token was a target of the window before.
-                yield _sequence(ids[begin : begin + max_length], [0, *piece[1:]])
+    pack: list[TrainingSequence] = []
+    filled = 0
+    for given, targets in samples:
+        sample = _sequence(given, targets)
+        ids, mask = sample.ids, sample.loss_mask
+        if pack and filled + len(ids) > max_length:
+            yield _joined(pack)
+            pack, filled = [], 0
+        if len(ids) <= max_length:
+            pack.append(sample)
+            filled += len(ids)
             continue
-        if len(pack_ids) + len(ids) > max_length:
-            yield from take()
-        starts.append(len(pack_ids))
-        pack_ids += ids
-        pack_mask += mask
-    yield from take()
+        counts.cut += 1
+        for begin in range(0, len(ids) - 1, max_length - 1):
+            piece = mask[begin : begin + max_length].copy()
+            piece[0] = 0  # the overlapped token was a target of the window before
+            yield _sequence(ids[begin : begin + max_length], piece)
+    if pack:
+        yield _joined(pack)
 
 
-def _samples(
+def counted_samples(
     dialogues: Iterable[Dialogue], tokenizer: Tokenizer, counts: Counts, layout: ChatLayout | None
 ) -> Iterator[Sample]:
+    """What is trained of rows, which ``counts`` counts."""
     for dialogue in dialogues:
         samples = dialogue_samples(tokenizer, dialogue, layout)
         counts.rows += 1
         counts.apart += len(samples) > 1
         yield from samples
+
+
+def _joined(pack: Sequence[TrainingSequence]) -> TrainingSequence:
+    lengths = [len(one.ids) for one in pack]
+    return _sequence(
+        np.concatenate([one.ids for one in pack]),
+        np.concatenate([one.loss_mask for one in pack]),
+        tuple(accumulate(lengths[:-1], initial=0)),
+    )
 
 
 # ------------------------------------------------------------------------------------------------------ deepspeed
@@ -356,5 +353,7 @@ def _released(tokenizer: Tokenizer, text: str) -> list[int]:
     return tokenizer.encode(text, allow_control=True)
 
 
-def _sequence(ids: list[int], mask: list[int], starts: tuple[int, ...] = (0,)) -> TrainingSequence:
+def _sequence(
+    ids: Sequence[int] | np.ndarray, mask: Sequence[int] | np.ndarray, starts: tuple[int, ...] = (0,)
+) -> TrainingSequence:
     return TrainingSequence(np.asarray(ids, np.int32), np.asarray(mask, np.uint8), starts)

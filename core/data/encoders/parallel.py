@@ -17,15 +17,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from telechat_twins.core.data.encoders.tasks import Encoded, Encoder, Given, Task, make_tasks
+from telechat_twins.core.data.encoders.tasks import Encoded, Given, Reader, Task, TaskEncoder, make_tasks
 from telechat_twins.core.data.encoders.wire import from_bytes, to_bytes
 from telechat_twins.core.errors import UserError
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
     from multiprocessing.context import ForkProcess
-
-    from telechat_twins.core.data.rows import RowReader
 
 _AHEAD = 4  # tasks that a process has at once, those included whose ids are not yet taken
 _OWN = 16  # of this process, whose last ones are small, while others have large ones still
@@ -34,21 +32,26 @@ _MESSAGE = 1 << 12  # bytes that a pipe takes at once, whoever reads
 _LOST = "tokenizing: a worker process ended, perhaps for lack of memory; use fewer --threads"
 
 # number of the task, place, (ids, starts) there or counts of them, what the reader noticed, error
-_Found = tuple[int, int, Any, "RowReader | None", Exception | None]
+_Found = tuple[int, int, Any, Reader | None, Exception | None]
 
 
 def encode_blocks(
-    blocks: Iterable[Given], encoder: Encoder, processes: int = 1, size: Callable[[], int] | None = None
+    blocks: Iterable[Given], encoder: TaskEncoder, processes: int = 1, size: Callable[[], int] | None = None
 ) -> Iterator[Encoded]:
     """The ids of documents, in the order of ``blocks``, by this process and ``processes`` - 1 others, in tasks of about
     ``size()`` characters.
 
-    What is yielded holds until the next is asked for. UserError as ``make_tasks`` and ``Encoder.encode`` have it:
+    What is yielded holds until the next is asked for. UserError as ``make_tasks`` and ``encoder.encode`` have it:
     always that of the first document at fault.
     """
     tasks = make_tasks(blocks, encoder.tokenizer, size)
     first = next(tasks, None)
-    second = next(tasks, None)
+    try:
+        second = next(tasks, None)
+    except UserError:
+        if first is not None:
+            yield encoder.encode(first)  # which may be at fault itself
+        raise
     ahead = [task for task in (first, second) if task is not None]
     if processes == 1 or second is None:  # processes would take longer to start than to work
         for task in chain(ahead, tasks):
@@ -70,14 +73,14 @@ class _Worker:
 class _Pool:
     """Processes that encode, forked, so that they have the tokenizer without reading it again and import nothing."""
 
-    def __init__(self, encoder: Encoder, count: int):
+    def __init__(self, encoder: TaskEncoder, count: int):
         from multiprocessing import Pipe, get_context
 
         self._encoder = encoder
         self._memory = mmap.mmap(-1, count * _AHEAD * _PLACE)
         self._workers: list[_Worker] = []
         # Done and not yet taken, by number: ids or an error, and whose place they lie in.
-        self._done: dict[int, tuple[Encoded | Exception, RowReader | None, tuple[_Worker, int] | None]] = {}
+        self._done: dict[int, tuple[Encoded | Exception, Reader | None, tuple[_Worker, int] | None]] = {}
         self._own = 0  # of them, those of this process
         try:
             for number in range(count):
@@ -152,7 +155,7 @@ class _Pool:
                 return
         self._own += 1
         found: Encoded | Exception
-        read = self._encoder.fresh_reader()
+        read = _fresh(self._encoder)
         try:
             found = self._encoder.encode(task, read)
         except Exception as error:
@@ -190,6 +193,11 @@ class _Pool:
             worker.free.append(place)
 
 
+def _fresh(encoder: TaskEncoder) -> Reader | None:
+    """A reader for a task whose turn has not come; what it notices is to be absorbed in order."""
+    return None if encoder.reader is None else encoder.reader.fresh()
+
+
 def _arrays(memory: mmap.mmap, place: int, ids: int, starts: int, dtype: str) -> tuple[np.ndarray, np.ndarray]:
     """The two arrays of a result: the starts come first, so that both are aligned."""
     at = place * _PLACE
@@ -199,7 +207,7 @@ def _arrays(memory: mmap.mmap, place: int, ids: int, starts: int, dtype: str) ->
     )
 
 
-def _serve(pipe: Connection, others: list[Connection], memory: mmap.mmap, encoder: Encoder) -> None:
+def _serve(pipe: Connection, others: list[Connection], memory: mmap.mmap, encoder: TaskEncoder) -> None:
     """In a worker: encode what comes until the parent is gone or has enough. Ctrl-C is left to the parent."""
     for other in others:  # so that the pipes end with the parent
         other.close()
@@ -214,9 +222,9 @@ def _serve(pipe: Connection, others: list[Connection], memory: mmap.mmap, encode
             pipe.send(_work(number, place, wired, memory, encoder))
 
 
-def _work(number: int, place: int, wired: bytes | int, memory: mmap.mmap, encoder: Encoder) -> _Found:
+def _work(number: int, place: int, wired: bytes | int, memory: mmap.mmap, encoder: TaskEncoder) -> _Found:
     """``wired``: the task, or how many bytes of it lie in the place."""
-    read = encoder.fresh_reader()
+    read = _fresh(encoder)
     if isinstance(wired, int):
         wired = memory[place * _PLACE : place * _PLACE + wired]
     try:

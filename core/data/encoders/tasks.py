@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -50,8 +50,15 @@ class Part(NamedTuple):
     last: bool
 
 
-Given = TextBlock | UnreadRow | UnreadLines
-Task = Sequence[Part | UnreadRow | UnreadLines]
+class TableRow(NamedTuple):
+    """A row of a table, written as JSON."""
+
+    where: str
+    data: bytes
+
+
+Given = TextBlock | UnreadRow | UnreadLines | TableRow
+Task = Sequence[Part | UnreadRow | UnreadLines | TableRow]
 
 
 @dataclass(frozen=True)
@@ -60,6 +67,24 @@ class Encoded:
 
     ids: np.ndarray
     starts: np.ndarray
+
+
+class Reader(Protocol):
+    """Reads rows, and keeps what was noticed on the way. ``fresh``: one that noticed nothing yet; ``absorb``: take over
+    what the reader of later rows noticed."""
+
+    def fresh(self) -> Any: ...
+    def absorb(self, other: Any) -> None: ...
+
+
+class TaskEncoder(Protocol):
+    """Makes ids of tasks; in this process by ``reader``, in others by fresh ones, which are absorbed in order."""
+
+    @property
+    def tokenizer(self) -> Tokenizer: ...
+    @property
+    def reader(self) -> Reader | None: ...
+    def encode(self, task: Task, reader: Any = None) -> Encoded: ...
 
 
 class Pace:
@@ -79,28 +104,34 @@ class Pace:
 def make_tasks(blocks: Iterable[Given], tokenizer: Tokenizer, size: Callable[[], int] | None = None) -> Iterator[Task]:
     """Blocks as tasks of about ``size()`` characters each (None: TASK).
 
-    UserError for a document that has to be cut for its length and cannot be cut exactly.
+    UserError for a document that has to be cut for its length and cannot be cut exactly, and of ``blocks``, behind what
+    was read before.
     """
-    task: list[Part | UnreadRow | UnreadLines] = []
+    task: list[Part | UnreadRow | UnreadLines | TableRow] = []
     taken = 0
-    for part in _parts(blocks, tokenizer):
-        task.append(part)
-        taken += len(part.text) if isinstance(part, Part) else _bytes(part)
-        if taken >= (size() if size else TASK) or len(task) >= _PARTS:
+    try:
+        for part in _parts(blocks, tokenizer):
+            task.append(part)
+            taken += len(part.text) if isinstance(part, Part) else _bytes(part)
+            if taken >= (size() if size else TASK) or len(task) >= _PARTS:
+                yield task
+                task, taken = [], 0
+    except UserError:
+        if task:  # in which a row before the one that cannot be read may be at fault
             yield task
-            task, taken = [], 0
+        raise
     if task:
         yield task
 
 
-def _bytes(part: UnreadRow | UnreadLines) -> int:
+def _bytes(part: UnreadRow | UnreadLines | TableRow) -> int:
     return part.size if isinstance(part, UnreadLines) else len(part.data)
 
 
-def _parts(blocks: Iterable[Given], tokenizer: Tokenizer) -> Iterator[Part | UnreadRow | UnreadLines]:
+def _parts(blocks: Iterable[Given], tokenizer: Tokenizer) -> Iterator[Part | UnreadRow | UnreadLines | TableRow]:
     rest, where, first = "", "", True
     for block in blocks:
-        if isinstance(block, (UnreadRow, UnreadLines)):
+        if isinstance(block, (UnreadRow, UnreadLines, TableRow)):
             yield block
             continue
         if block.first:
@@ -139,10 +170,6 @@ class Encoder:
         self.tokenizer, self.reader = tokenizer, reader
         self._bos, self._eos, self._dtype = _one(bos), _one(eos), np.dtype(dtype)
 
-    def fresh_reader(self) -> RowReader | None:
-        """A reader for a task whose turn has not come; what it notices is to be absorbed in order."""
-        return None if self.reader is None else self.reader.fresh()
-
     def encode(self, task: Task, reader: RowReader | None = None) -> Encoded:
         """``reader``: another one that reads the rows. UserError for a row that cannot be read, and an id outside the
         vocabulary."""
@@ -180,7 +207,7 @@ def _texts(task: Task, reader: RowReader | None) -> Iterator[Part]:
             elif reader is not None:
                 reader.notice_empty(part.where)
             continue
-        assert reader is not None
+        assert reader is not None and not isinstance(part, TableRow)  # tables of texts are read where they are met
         for row in part.rows() if isinstance(part, UnreadLines) else (part,):
             if text := reader.text(row):
                 yield Part(row.where, text, True, True)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
-from telechat_twins.core.data.encoders.tasks import Part, Task
+from telechat_twins.core.data.encoders.tasks import Part, TableRow, Task
 from telechat_twins.core.data.forms.json_rows import UnreadLines, UnreadRow
 
 _UTF8 = "utf-8", "surrogatepass"  # what cannot be encoded is refused where it is tokenized
@@ -21,6 +21,9 @@ def to_bytes(task: Task) -> bytes:
         if isinstance(part, Part):
             body = part.text.encode(*_UTF8)
             heads.append((len(body), part.where, part.first, part.last))
+        elif isinstance(part, TableRow):
+            body = part.data
+            heads.append((len(body), part.where))
         elif isinstance(part, UnreadRow):
             body = part.data
             heads.append((len(body), str(part.path), part.line, part.item))
@@ -36,12 +39,14 @@ def from_bytes(data: bytes) -> Task:
     return list(_parts(data))
 
 
-def _parts(data: bytes) -> Iterator[Part | UnreadRow | UnreadLines]:
+def _parts(data: bytes) -> Iterator[Part | UnreadRow | UnreadLines | TableRow]:
     at = data.index(b"\n") + 1
     for count, name, *facts in json.loads(data[: at - 1]):
         body = data[at : at + count]
         at += count
-        if len(facts) == 3:
+        if not facts:
+            yield TableRow(name, body)
+        elif len(facts) == 3:
             line, offset, size = facts
             yield UnreadLines(Path(name), line, offset, size, body or None)
         elif isinstance(facts[0], bool):

@@ -109,7 +109,7 @@ class DialogueFile(Sequence[Dialogue]):
         if self._spool is None:
             self._spool = tempfile.TemporaryFile(dir=spool)  # noqa: SIM115 (lives as long as this object)
         for where, row in read_rows(path, None, encoding):
-            data = json.dumps([where, row], ensure_ascii=False, default=_typed).encode()
+            data = json.dumps([where, row], ensure_ascii=False, default=typed).encode()
             try:
                 self._add(-1, self._spool.tell(), len(data), 0, 0)
                 self._spool.write(data)
@@ -117,6 +117,6 @@ class DialogueFile(Sequence[Dialogue]):
                 raise UserError(f"{path}: no room for a temporary copy of its rows ({error.strerror})") from None
 
 
-def _typed(value: object) -> dict[str, None]:
+def typed(value: object) -> dict[str, None]:
     """For a date or bytes of a table: what a reader that wants text refuses; only one that reads it minds."""
     return {type(value).__name__: None}

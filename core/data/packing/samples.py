@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
+import numpy as np
+
 from telechat_twins.core.data.chat_layout import ChatLayout
 from telechat_twins.core.data.control import THINK, THINK_END
 from telechat_twins.core.data.kinds.messages import ANSWERS
@@ -12,6 +14,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
 
 Sample = tuple[list[int], list[int]]  # ids, and a mask that is 1 where they are targets
+AnySample = Sample | tuple[np.ndarray, np.ndarray]
 
 
 def encode_samples(

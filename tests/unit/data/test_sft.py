@@ -15,11 +15,12 @@ from telechat_twins.core.data.dialogues import Dialogue, parse_dialogue
 from telechat_twins.core.data.packing.dialogue_file import DialogueFile
 from telechat_twins.core.data.sft import (
     Counts,
+    counted_samples,
     deepspeed_mask,
     deepspeed_sequences,
     encode_dialogue,
     mindformers_packs,
-    plain_sequences,
+    pack_samples,
 )
 from telechat_twins.core.data.tokenizer import load_tokenizer
 from telechat_twins.core.errors import UserError
@@ -305,7 +306,7 @@ def test_plain_loses_no_target(length):
     rows = dialogues(*(dialogue_row(n, turns=1 + n % 3, size=1 + n % 20) for n in range(40)))
     whole = [encode_dialogue(tokenizer, row) for row in rows]
     counts = Counts()
-    packs = list(plain_sequences(rows, tokenizer, length, counts))
+    packs = list(pack_samples(counted_samples(rows, tokenizer, counts, None), length, counts))
     assert all(2 <= len(p.ids) <= length for p in packs)
     assert (counts.rows, counts.lost) == (40, 0)
     assert counts.cut == sum(len(ids) > length for ids, _ in whole)
