@@ -229,7 +229,8 @@ def test_options_that_do_not_go_with_growth(
         (["--layout", "tp2"], "--layout: cannot be combined with --growth"),
         (["--nproc", "2"], "--nproc: cannot be combined with --growth"),
         (["--resume", str(tmp_path)], "--resume: must be 'auto' with --growth"),
-        (["--nnodes", "3"], "--nnodes: must divide the 1 ranks of stage 'small', found 3"),
+        (["--nnodes", "3"], "--master: required with --nnodes 3"),
+        (["--nnodes", "3", "--master", "node0:29500"], "--nnodes: must divide the 1 ranks of stage 'small', found 3"),
     ):
         assert main([*arguments("pt", files, tmp_path / "out"), *extra]) == 2
         assert says in capsys.readouterr().err
