@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from multiprocessing.context import ForkProcess
 
 _AHEAD = 4  # tasks that a process has at once, those included whose ids are not yet taken
-_OWN = 16  # of this process, whose last ones are small, while others have large ones still
+_OWN = 1 << 25  # bytes of ids that this process makes ahead of those of others, which come first
 _PLACE = 5 << 20  # bytes for a task on its way, and then for its ids: four for each byte of most texts at worst
 _MESSAGE = 1 << 12  # bytes that a pipe takes at once, whoever reads
 _LOST = "tokenizing: a worker process ended, perhaps for lack of memory; use fewer --threads"
@@ -81,7 +81,7 @@ class _Pool:
         self._workers: list[_Worker] = []
         # Done and not yet taken, by number: ids or an error, and whose place they lie in.
         self._done: dict[int, tuple[Encoded | Exception, Reader | None, tuple[_Worker, int] | None]] = {}
-        self._own = 0  # of them, those of this process
+        self._own = 0  # bytes of the ids of this process among them
         try:
             for number in range(count):
                 ours, theirs = Pipe()
@@ -153,11 +153,11 @@ class _Pool:
                     raise UserError(_LOST) from None
                 worker.given += 1
                 return
-        self._own += 1
         found: Encoded | Exception
         read = _fresh(self._encoder)
         try:
             found = self._encoder.encode(task, read)
+            self._own += found.ids.nbytes
         except Exception as error:
             found = error
         self._done[number] = found, read, None
@@ -187,7 +187,7 @@ class _Pool:
             self._encoder.reader.absorb(read)
         yield found
         if at is None:
-            self._own -= 1
+            self._own -= found.ids.nbytes
         else:
             worker, place = at
             worker.free.append(place)
