@@ -28,9 +28,14 @@ from telechat_twins.telechat_ms.parallelize import parallelize
 from telechat_twins.telechat_ms.ring_pages import Places, apply_ring_pages, place_step
 from telechat_twins.telechat_ms.weights import held_weight, load_weights, to_numpy
 
-__all__ = ["Runner", "short_page"]
+__all__ = ["Runner", "on_cpu", "short_page"]
 
 ModelInputs = tuple[Tensor, Rope, ops.Pages | Places, Tensor | None]
+
+
+def on_cpu() -> bool:
+    """Whether models of this process compute on its processors."""
+    return str(ms.get_context("device_target")) == "CPU"
 
 
 class Runner:

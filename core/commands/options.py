@@ -239,7 +239,10 @@ def add_harness_arguments(parser: argparse.ArgumentParser) -> None:
         if action.dest == "backend":
             action.required = False  # or --backends
         elif action.dest == "precision":
-            action.help = "arithmetic (fp32); fp64: to compare log-likelihoods beyond fp32's rounding"
+            action.default, action.help = (
+                None,
+                "arithmetic (default: fp32; where two --backends are compared on CPUs, fp64)",
+            )
     parser.add_argument(
         "--backends", nargs="+", choices=sorted(backends.BACKENDS), help="several, and their differences item by item"
     )
