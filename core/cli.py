@@ -21,6 +21,7 @@ from telechat_twins.core.files import ROOT
 from telechat_twins.core.launch.signals import signals_as_interrupt
 from telechat_twins.core.near import nearest, number_meant, option_like
 from telechat_twins.core.shown import controls_shown, escape_unencodable, message_line, shown
+from telechat_twins.core.wrapped import HelpFormatter, help_width, wrapped
 
 DISTRIBUTION = "telechat-twins"
 LARGEST = 1 << 63  # bound on whole numbers of options
@@ -142,7 +143,7 @@ class Parser(argparse.ArgumentParser):
     replaces an earlier one."""
 
     def __init__(self, **settings: object) -> None:
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **settings)  # type: ignore[arg-type]
+        super().__init__(allow_abbrev=False, formatter_class=HelpFormatter, **settings)  # type: ignore[arg-type]
         for name in (None, "store"):
             self.register("action", name, _Once)
 
@@ -327,7 +328,7 @@ def _run(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         if len(words) > 1 and words[0] == "help":
             return _run([words[1], "--help"])
-        print(overview())
+        print(wrapped(overview(), help_width()))
         return 0
     if words[0] in ("-V", "--version"):
         print(f"tele {version()}")

@@ -12,7 +12,7 @@ from tests.house import PACKAGES, TWINS, imports_of, python_files
 # From the ground up. A file of core/ imports its own room or rooms of lower floors; rooms of one floor do not see
 # each other.
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("near", "shown", "types"),
+    ("near", "shown", "types", "wrapped"),
     ("errors",),
     ("schema", "backends", "cli", "files", "launch"),
     ("model",),

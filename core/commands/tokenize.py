@@ -30,7 +30,6 @@ examples:
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.epilog = EPILOG
     actions = parser.add_subparsers(dest="action", required=True, metavar="train|encode|decode|info")
     train = actions.add_parser("train", help="train a SentencePiece BPE with TeleChat2's control tokens")

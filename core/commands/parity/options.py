@@ -123,7 +123,6 @@ def both_arguments(parser: argparse.ArgumentParser) -> None:
 def record_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele parity record``."""
     parser.description, parser.epilog = RECORD_DESCRIPTION, RECORD_EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--backend", required=True, choices=sorted(backends.BACKENDS), help="ms: MindSpore, pt: PyTorch"
     )
@@ -162,7 +161,6 @@ def record_arguments(parser: argparse.ArgumentParser) -> None:
 def compare_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele parity compare``."""
     parser.description, parser.epilog = COMPARE_DESCRIPTION, COMPARE_EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("one", metavar="A", help="a record, a run folder, or an output of `tele forward`")
     parser.add_argument("other", metavar="B", help="another of the same kind")
     parser.add_argument("--reference", metavar="R", help="a third, of higher precision (fp64), that judges both")
@@ -184,7 +182,6 @@ def compare_arguments(parser: argparse.ArgumentParser) -> None:
 def locate_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele parity locate``."""
     parser.description, parser.epilog = LOCATE_DESCRIPTION, LOCATE_EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("one", metavar="A", help="a record")
     parser.add_argument("other", metavar="B", help="a record of the same weights and batch")
     parser.add_argument("--reference", metavar="R", help="their float64 record, from which the budgets come")
@@ -199,7 +196,6 @@ def locate_arguments(parser: argparse.ArgumentParser) -> None:
 def envelope_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``tele parity envelope``."""
     parser.description, parser.epilog = ENVELOPE_DESCRIPTION, ENVELOPE_EXAMPLES
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument(
         "--config", required=True, metavar="F", help="YAML file of a training run, or the name of a bundled one"
     )
