@@ -65,6 +65,13 @@ NOT_RUN = {
     "tele train --backend ms --config F --set lora.rank=16 --init TeleChat2-7B --out runs/law": "F is the reader's; "
     "the README's line is run",
     "tele train --backend pt --config F --init TeleChat2-7B --out runs/tuned --resume auto": "likewise",
+    "tele train --backend pt --config F --set lora.rank=16 --init TeleChat2-7B --resume runs/law "
+    "--out runs/law-on": "likewise; tests/parity/test_lora.py resumes adapters",
+    "tele data pairs.jsonl --tokenizer TeleChat2-7B --out data/pairs --preference --seq-len 4096": "the pairs are the "
+    "reader's; tests/unit/data/test_examples.py packs some",
+    "tele train --backend ms --config configs/train/telechat2-7b-lora.yaml --init TeleChat2-7B --out runs/dpo "
+    "--set 'data.sources=[{path: data/pairs}]' preference.beta=0.1 train.micro_batch=2": "likewise; "
+    "tests/parity/test_preference_training.py trains on pairs",
     "make demo": "minutes; its parts are in tests/parity, and it is run by hand before a release",
     "make test": "is what runs this",
     "make test-unit": "is what runs this",

@@ -47,6 +47,7 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.near import near_path
 
 if TYPE_CHECKING:
+    from telechat_twins.core.checkpoint.read import Checkpoint
     from telechat_twins.core.parallel.layout import Layout
 
 
@@ -67,7 +68,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="begin with these weights (train.init): a released folder, a checkpoint with or without training state, a "
         "run, MindFormers' weights; optimizer and schedule are new. With --resume auto: where the run begins if it has "
-        "no checkpoint yet",
+        "no checkpoint yet. To resume an adapter: its base",
     )
     parser.add_argument(
         "--resume", metavar="DIR|auto", help="go on from a checkpoint or run folder; auto: from --out if it has one"
@@ -135,7 +136,9 @@ def run(args: argparse.Namespace) -> int:
         peak_flops(config)
         require_trackers(config.track)
         blend = StagedData(config, open_blend).first
-        if config.train.init is not None and (args.resume is None or (args.resume == "auto" and is_new(out))):
+        resumed = None if args.resume is None or (args.resume == "auto" and is_new(out)) else args.resume
+        if config.train.init is not None and (resumed is None or config.lora is not None):
+            _require_base(config.train.init, out if resumed == "auto" else resumed)
             open_start(fit_run(config, blend.vocab_size, blend.end_token)[0], open_initial)
     _check_out(out, config.train.init)
     what = f"--out {out}"
@@ -186,20 +189,40 @@ def _check_out(out: Path, init: str | None) -> None:
 
 
 def _check_resume(args: argparse.Namespace) -> None:
-    """UserError for a ``--resume`` that names no training state, or stands beside an ``--init``."""
-    from telechat_twins.core.checkpoint.read import open_checkpoint
+    """UserError for a ``--resume`` that names no training state, or a whole model's beside an ``--init``."""
     from telechat_twins.core.train.resume import require_training_state
 
     if args.resume in (None, "auto"):
         return
-    if args.init is not None:
-        raise UserError("--init, --resume: both name what the run begins with; give one, or --resume auto")
     if not Path(args.resume).is_dir():
         hint = near_path(args.resume)
         raise UserError(f"--resume: no folder {args.resume}; give a checkpoint or a run's folder, or 'auto'{hint}")
-    # Whether the folder is a checkpoint at all is checked by the run itself.
-    if any((Path(args.resume) / name).is_file() for name in ("manifest.json", "latest")):
-        require_training_state(open_checkpoint(args.resume, verify=False))
+    checkpoint = _checkpoint(args.resume)
+    if args.init is not None and (checkpoint is None or "adapter" not in checkpoint.model):
+        raise UserError("--init, --resume: both name what the run begins with; give one, or --resume auto")
+    if checkpoint is not None:
+        require_training_state(checkpoint)
+
+
+def _checkpoint(folder: str | Path) -> Checkpoint | None:
+    """The checkpoint of a step's or a run's folder, unverified; None where there is none, which the run itself says."""
+    from telechat_twins.core.checkpoint.read import open_checkpoint
+
+    here = any((Path(folder) / name).is_file() for name in ("manifest.json", "latest"))
+    return open_checkpoint(folder, verify=False) if here else None
+
+
+def _require_base(init: str, resumed: str | Path | None) -> None:
+    """UserError where the base of a ``resumed`` adapter is not at ``init``: the checkpoint knows where it was."""
+    from telechat_twins.core.model.lora import read_adapter
+
+    checkpoint = None if resumed is None or Path(init).exists() else _checkpoint(resumed)
+    held = checkpoint and read_adapter(checkpoint.model, str(checkpoint.path / "model.json"))
+    if checkpoint is not None and held:
+        raise UserError(
+            f"train.init: {init}: no such folder; the adapter {checkpoint.path} was trained on {held.base.path}: give "
+            "that model with --init"
+        )
 
 
 def _layout_overrides(text: str | None, config: str, later: Sequence[str] = ()) -> list[str]:

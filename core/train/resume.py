@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
@@ -108,10 +109,16 @@ def describe_resumption(checkpoint: Checkpoint, config: RunConfig, history: Sequ
     if trainer["data_digest"] != digest:
         lines.append("warning: the data differs from what this checkpoint was trained on")
     passed_over = OBSERVING if written == now else ("parallel.", *OBSERVING)
-    for line in differences(with_defaults(run_config_from_dict, trainer["config"]), config.to_dict()):
+    for line in differences(_whole(with_defaults(run_config_from_dict, trainer["config"])), _whole(config.to_dict())):
         if not line.startswith(passed_over):
             lines.append(f"warning: changed since the checkpoint: {line}")
     return lines
+
+
+def _whole(config: JsonObject) -> JsonObject:
+    """A run's mapping with train.init as a whole path: --init writes one, YAML and --set need not."""
+    init = config["train"].get("init")
+    return config if init is None else {**config, "train": {**config["train"], "init": os.path.abspath(init)}}
 
 
 def rate_change(written: JsonObject, config: RunConfig, step: int, history: Sequence[Growth]) -> list[str]:

@@ -17,11 +17,16 @@ import yaml
 import telechat_twins.core.data.blend
 import telechat_twins.core.launch.launcher
 from telechat_twins.core import cli
+from telechat_twins.core.checkpoint.read import whole
+from telechat_twins.core.checkpoint.save import write_checkpoint
 from telechat_twins.core.commands import train_growth
 from telechat_twins.core.config import load_run_config
 from telechat_twins.core.data.packed_files import FORMAT
 from telechat_twins.core.launch import restarts
 from telechat_twins.core.launch.worker import STOPPED
+from telechat_twins.core.model.config import load_model_config
+from telechat_twins.core.model.init import init_weights
+from telechat_twins.core.model.lora import AdapterBase, LoraConfig, adapter_record
 from telechat_twins.core.parallel.layout import parse_layout
 
 
@@ -256,3 +261,33 @@ def test_a_finished_stage_of_growth_keeps_no_lock_of_a_killed_launch(
     monkeypatch.setattr(train_growth, "saved_step", lambda run: 4)
     assert train_growth._train([stage], 1, tmp_path, argparse.Namespace(node_rank=0)) == 0
     assert not any(lock.exists() for lock in left)
+
+
+def test_an_adapter_is_resumed_beside_its_base(
+    config: Path, launched: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its checkpoint has no base in it, so that --init goes together with --resume, and knows where the base was."""
+    monkeypatch.chdir(config.parent)
+    shape = {"preset": "telechat2-tiny", "hidden_size": 8, "ffn_hidden_size": 8, "num_layers": 1, "vocab_size": 32}
+    blend = SimpleNamespace(vocab_size=32, end_token=None)
+    monkeypatch.setattr(telechat_twins.core.data.blend, "open_blend", lambda *args: blend)
+    tree = yaml.safe_load(config.read_text()) | {"model": shape, "lora": {"rank": 2}}
+    tree["train"]["init"] = "elsewhere"
+    config.write_text(yaml.safe_dump(tree))
+    model = load_model_config(shape)
+    described = {"config": model.to_dict()}
+    weights = [whole(name, array) for name, array in init_weights(model, 1).items()]
+    state = {"trainer": {"step": 0}, "weights": weights}
+    write_checkpoint(base := Path("base"), 0, model=described, **state)
+    record = adapter_record(model, LoraConfig(rank=2), AdapterBase(path=str(base), fingerprint="0" * 64))
+    write_checkpoint(Path("adapter"), 0, model=described | {"adapter": record.to_dict()}, **state)
+
+    words = ["train", "--backend", "ms", "--config", str(config), "--out", "out", "--resume"]
+    assert cli.main([*words, "adapter"]) == 2
+    says = "train.init: elsewhere: no such folder; the adapter adapter was trained on base: give that model with --init"
+    assert says in capsys.readouterr().err
+    assert cli.main([*words, "base", "--init", "base"]) == 2
+    assert "--init, --resume: both name what the run begins with" in capsys.readouterr().err
+    assert launched == []
+    assert cli.main([*words, "adapter", "--init", "base"]) == 0
+    assert launched[0][1][-4:] == ["--set", f'train.init="{base.resolve()}"', "--resume", "adapter"]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from telechat_twins.core.checkpoint.read import open_checkpoint, write_checkpoint
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.params import parameter_table
-from telechat_twins.core.train.resume import require_optimizer_state
+from telechat_twins.core.train.resume import describe_resumption, require_optimizer_state
 from telechat_twins.core.train.trainable import check_freeze, trainable
 from tests.support.numpy_stepper import run_config
 
@@ -48,3 +50,21 @@ def test_a_pattern_without_a_parameter_and_a_model_without_one_are_refused() -> 
         check_freeze(table, run_config(train__freeze=["norm.weight", "embd.weight"]))
     with pytest.raises(UserError, match="leave at least one"):
         check_freeze(table, run_config(train__freeze=["*"]))
+
+
+def test_a_base_written_otherwise_is_no_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """--init keeps a whole path, YAML and --set may have one from the working folder."""
+    monkeypatch.chdir(tmp_path)
+    settings: dict[str, Any] = {"lora": {"rank": 2}}
+    written = run_config(train__init=str(tmp_path / "base"), **settings)
+    trainer = {"step": 1, "backend": "MindSpore", "config": written.to_dict(), "data_digest": "d"}
+    resumed: Any = SimpleNamespace(path=tmp_path / "run", trainer=trainer)
+
+    def changed(init: str) -> list[str]:
+        lines = describe_resumption(resumed, run_config(train__init=init, **settings), [], "d")
+        return [line for line in lines if "changed since" in line]
+
+    assert changed("base") == []
+    assert changed("other") == [
+        f"warning: changed since the checkpoint: train.init: {tmp_path / 'base'} -> {tmp_path / 'other'}"
+    ]
