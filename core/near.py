@@ -108,7 +108,29 @@ OPTIONS = {
     "dtype": ("--precision",),
     "framework": ("--backend",),
     "device": ("--backend",),
+    "nodes": ("--nnodes", "--devices"),
+    "num_nodes": ("--nnodes", "--devices"),
+    "gpus": ("--nproc", "--devices"),
+    "num_gpus": ("--nproc", "--devices"),
+    "world_size": ("--nproc", "--devices"),
+    "tp": ("--layout",),
+    "pp": ("--layout",),
+    "dp": ("--layout",),
+    "ckpt": ("--checkpoint", "--resume"),
+    "batch": ("--micro-batch",),
+    "batch_size": ("--micro-batch",),
+    "num_fewshot": ("--shots",),
+    "workers": ("--threads",),
+    "num_workers": ("--threads",),
+    "num_proc": ("--threads",),
+    "overwrite": ("--force",),
+    "do_sample": ("--temperature",),
+    "ctx_size": ("--max-len", "--seq-len"),
+    "system_prompt": ("--system",),
 }
+# Parts of an option's name that say no more than the others do: num_samples means --samples.
+_FILLERS = frozenset({"n", "num", "number", "nr", "dir", "path", "file", "name", "random"})
+_SURE, _ANY_START, _SAME_START = 0.8, 0.75, 0.65  # similarity of two options' letters; see option_like
 
 
 def nearest(word: object, known: Iterable[str], cutoff: float = 0.6) -> str | None:
@@ -161,18 +183,40 @@ def run_key(word: str) -> str | None:
 
 def option_like(argument: str, known: Sequence[str]) -> str | None:
     """What is meant by an option that is not among a command's ``known`` ones: a similar option, another program's name
-    for one, or an assignment of ``--set`` (where ``known`` has it with ``--config``); None if nothing is near."""
+    for one, or an assignment of ``--set`` (where ``known`` has it with ``--config``); None if nothing is near.
+
+    Options are compared by their letters alone: the hyphens that all of them begin with would make short ones alike. A
+    slip changes a word's first letter less often than another, so less is asked of options with the same one.
+    """
     name, _, value = argument.partition("=")
     if not argument.startswith("-"):  # a text by itself
         return "--prompt" if "--prompt" in known else None
-    if near := nearest(name, known, cutoff=0.8):
-        return near
-    if same := [option for option in OPTIONS.get(_bare(name), ()) if option in known]:
+    word, options = _bare(name), {_bare(option): option for option in known if option.startswith("--")}
+    letters = {bare.replace("_", ""): option for bare, option in options.items()}
+    if near := nearest(word.replace("_", ""), letters, cutoff=_SURE):
+        return letters[near]
+    if same := [option for option in OPTIONS.get(word, ()) if option in known]:
         return same[0]
     key = run_key(name) if {"--set", "--config"} <= {*known} and name.startswith("--") else None
     if key is not None:
         return "--set " + shlex.quote(key if "=" in key else f"{key}={value or 'VALUE'}")
-    return nearest(name, known)
+    if found := _of_parts(word, options):
+        return options[found]
+    alike = [one for one in letters if one[:1] == word[:1]]
+    near = nearest(word.replace("_", ""), alike, _SAME_START) or nearest(word.replace("_", ""), letters, _ANY_START)
+    return letters[near] if near else None
+
+
+def _of_parts(word: str, names: Iterable[str]) -> str | None:
+    """The shortest of ``names`` that begins with ``word`` or has all its parts, or that has its parts but fillers."""
+    parts = {*word.split("_")}
+
+    def means(name: str) -> bool:
+        others = {*name.split("_")}
+        longer = parts <= others or (len(word) >= _PREFIX and name.startswith(word))
+        return longer or (others < parts and parts - others <= _FILLERS)
+
+    return min(filter(means, names), key=len, default=None)
 
 
 _SUFFIXED = re.compile(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?([kKmMgG])(i?)[bB]?")

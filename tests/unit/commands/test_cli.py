@@ -371,7 +371,19 @@ def test_one_line_names_what_was_meant(
         ("train --dataset x", "did you mean `--set 'data.sources=[{path: DIR}]'`?"),
         ("train --output_dir x", "did you mean '--out'?"),
         ("train --confg x", "did you mean '--config'?"),
-        ("plan --lr 3", "did you mean '--plot'?"),
+        ("plan --lr 3", "unknown argument '--lr'; see `tele plan --help`"),
+        ("plan --nodes 3", "did you mean '--devices'?"),
+        ("train --nodes 3", "did you mean '--nnodes'?"),
+        ("serve --nodes 3", "unknown argument '--nodes'; see `tele serve --help`"),
+        ("serve --gpus 2", "did you mean '--nproc'?"),
+        ("generate --sample 3", "did you mean '--samples'?"),
+        ("generate --temp 1", "did you mean '--temperature'?"),
+        ("generate --max_tokens 1", "did you mean '--max-new-tokens'?"),
+        ("generate --num-samples 3", "did you mean '--samples'?"),
+        ("data x --sample 3", "unknown argument '--sample'; see `tele data --help`"),
+        ("chat --sample", "unknown argument '--sample'; see `tele chat --help`"),
+        ("chat --topk 3", "did you mean '--top-k'?"),
+        ("eval run --num_fewshot 3", "did you mean '--shots'?"),
         ("serve --dtype bf16", "did you mean '--precision'?"),
         ("parity --confg x", "unknown argument '--confg', did you mean '--config'?"),
         ("parity compare a b --referense x", "did you mean '--reference'?; see `tele parity compare --help`"),
@@ -391,5 +403,8 @@ def test_every_option_named_for_another_programs_is_one_of_a_command() -> None:
     for verb in cli.VERBS:
         parser = cli.Parser(prog=verb)
         cli.command_module(verb).add_arguments(parser)
-        known |= set(parser._known())
+        inner = [action.choices for action in parser._actions if isinstance(action, argparse._SubParsersAction)]
+        known |= {
+            option for one in [parser, *(one for many in inner for one in many.values())] for option in one._known()
+        }
     assert {option for options in OPTIONS.values() for option in options} <= known
