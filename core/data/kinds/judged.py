@@ -7,13 +7,26 @@ from collections.abc import Sequence
 from telechat_twins.core.data.kinds.fields import refuse_ignored, refuse_unread
 from telechat_twins.core.data.kinds.harmless import HARMLESS, HARMLESS_OF_SAMPLES
 from telechat_twins.core.data.kinds.messages import Reading
-from telechat_twins.core.data.kinds.table import KINDS, TEACHER, Kind, Slots, is_empty, kinds_of, several_kinds
+from telechat_twins.core.data.kinds.table import (
+    DIALOGUE,
+    KINDS,
+    PREFERENCE,
+    TEACHER,
+    Kind,
+    Slots,
+    is_empty,
+    kinds_of,
+    several_kinds,
+)
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.shown import printable
 from telechat_twins.core.types import JsonObject
 
 # Keys that may repeat what a message of the row says, as in tables that hold a question and the dialogue of it.
 _REPEATED = frozenset(
     key for kind in KINDS.values() if kind.use != TEACHER for keys in kind.slots.values() for key in keys
 )
+_ANSWERS = frozenset(key for kind in KINDS.values() if kind.use == DIALOGUE for key in kind.slots.get("answer", ()))
 
 
 def read_slots(row: JsonObject, where: str, use: str, reading: Reading) -> Slots:
@@ -31,12 +44,32 @@ def slots_of(kind: Kind, row: JsonObject, where: str, reading: Reading, repeated
     harmless = HARMLESS if kind.use == TEACHER else HARMLESS_OF_SAMPLES
     known = kind.keys.union(_repeating(slots, reading)) if repeated else kind.keys
     refuse_ignored(row, slots.parts(reading.ignore), "", where, reading.ignore)
+    unread = [key for key in row if key not in known and key not in reading.ignore and not is_empty(row[key])]
+    _refuse_answer(slots, unread)
     refuse_unread(row, known, "", where, reading.ignore, harmless, reading.left_out)
     reading.kinds[kind.name] = reading.kinds.get(kind.name, 0) + 1
     for name, key in reading.columns.parts:
         if key in row:
             reading.columns_met.add(name)
     return slots
+
+
+def _refuse_answer(slots: Slots, unread: Sequence[str]) -> None:
+    """UserError for an ``unread`` key that holds an answer: the worse one of a row that is read as a dialogue, or the
+    better one of a pair under a dialogue's name for it."""
+    kind, pair = slots.kind, KINDS["preference"]
+    for key in unread:
+        what = f"{slots.where}: '{printable(key, 80)}'"
+        if kind.use == DIALOGUE and key in pair.slots["rejected"] and pair.marked_by(slots.row):
+            raise UserError(
+                f"{what} holds a rejected answer; pack such rows as pairs with --preference, or the dialogues alone "
+                f"with --ignore-key {key}"
+            )
+        if kind.use == PREFERENCE and "chosen" in kind.slots and "chosen" not in slots and key in _ANSWERS:
+            raise UserError(
+                f"{what} is not read, and the row has no chosen answer; if it is that answer, say so with "
+                f"--column chosen={key}"
+            )
 
 
 def refuse_untold(slots: Slots, messages: Sequence[JsonObject], reading: Reading) -> None:
@@ -47,6 +80,7 @@ def refuse_untold(slots: Slots, messages: Sequence[JsonObject], reading: Reading
     said = {content.strip() for message in messages if isinstance(content := message["content"], str)}
     told = {key for key in repeating if slots.row[key].strip() in said}
     untold = {key: slots.row[key] for key in repeating if key not in told}
+    _refuse_answer(slots, [*untold])
     refuse_unread(untold, (), "", slots.where, reading.ignore)
     reading.left_out |= told
 

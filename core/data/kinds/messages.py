@@ -143,11 +143,27 @@ def with_system(
     first = messages[0]["content"] if messages and messages[0]["role"] == "system" and system is None else system
     for n, message in enumerate(messages):
         if message["role"] == "system" and (n or system is not None) and message["content"] not in ("", first):
-            raise UserError(
-                f"{where}: '{name}[{n}]' is a second system message; the chat layout has a place for one, in front, "
-                "so write the instruction into that one or into a user's message"
-            )
+            raise UserError(f"{where}: '{name}[{n}]' is {_out_of_place(name, n, system, first)}")
     return first, [message for message in messages if message["role"] != "system"]
+
+
+def _out_of_place(name: str, n: int, system: str | None, first: str | None) -> str:
+    """What a system message is that stands where the chat layout has no place for one, and what to do."""
+    if not first:
+        return (
+            "a system message behind others; the chat layout has a place for one, in front: move it there, or write "
+            "its text into the user's message that follows it"
+        )
+    if system is not None and n == 0:
+        return (
+            "a second system message beside the row's own system text; the chat layout has a place for one: leave one "
+            "of them out, or join their texts"
+        )
+    place = f"'{name}[0]'" if system is None else "the row's own system text"
+    return (
+        f"a second system message; the chat layout has a place for one, in front: join its text to {place}, write it "
+        "into the user's message that follows it, or begin a row of its own with it"
+    )
 
 
 def read_tools(value: object, name: str, where: str, bare: bool = False) -> list[object] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,10 @@ def test_instruction_input_and_history_are_honoured() -> None:
         ({"query": "a", "question": "b", "response": "c"}, "'query' and 'question' both hold the question"),
         ({"chosen": "a", "rejected": "b"}, "a chosen and a rejected answer; pack such pairs with --preference"),
         ({"statement": "a", "label": 1}, "a teacher's proposition; pack them with --teacher"),
+        ({"messages": [ASKED, SAID], "rejected_response": "b"}, "'rejected_response' holds a rejected answer; pack"),
+        ({"messages": [ASKED, SAID], "rejected_messages": [SAID]}, "pack such rows as pairs with --preference, or"),
+        ({"query": "a", "response": "b", "rejected": "c"}, "or the dialogues alone with --ignore-key rejected"),
+        ({"dialog": [ASKED, SAID], "rejected": "c"}, "key 'rejected' is not read"),
     ],
 )
 def test_rows_of_other_forms_are_refused(row: JsonObject, says: str) -> None:
@@ -93,7 +98,7 @@ def test_rows_of_other_forms_are_refused(row: JsonObject, says: str) -> None:
         ({"messages": [ASKED, SAID], "train": False}, "train"),
         ({"messages": [ASKED, SAID], "text": "both"}, "text"),
         ({"messages": [ASKED, SAID], "instruction": "be kind"}, "instruction"),
-        ({"instruction": "a", "output": "b", "rejected": "c"}, "rejected"),
+        ({"dialog": [ASKED, SAID], "rejected": "c"}, "rejected"),
         ({"messages": [ASKED, {**SAID, "refusal": "no"}]}, "messages[1].refusal"),
         ({"messages": [{**ASKED, "audio": {"id": "a"}}, SAID]}, "messages[0].audio"),
         ({"messages": [{**ASKED, "reasoning_content": "hm"}, SAID]}, "messages[0].reasoning_content"),
@@ -150,8 +155,20 @@ def test_what_the_dialogue_consists_of_cannot_be_left_out() -> None:
     "messages": [ASKED, SAID, {"role": "system", "content": "rhyme"}, ASKED, SAID]
 }, {"dialog": [{"role": "system", "content": "s"}, {"role": "system", "content": "t"}, ASKED, SAID]}])  # fmt: skip
 def test_a_second_system_message_is_refused(row: JsonObject) -> None:
-    with pytest.raises(UserError, match=r"rows:1: '(messages|dialog)\[\d\]' is a second system message"):
+    with pytest.raises(UserError, match=r"rows:1: '(messages|dialog)\[\d\]' is a (second )?system message"):
         dialogue(**row)
+
+
+def test_what_to_do_with_a_second_system_message_hangs_on_where_it_stands() -> None:
+    told = {"role": "system", "content": "s"}
+    for row, way in (
+        ({"messages": [told, ASKED, SAID, {**told, "content": "t"}, ASKED, SAID]}, "join its text to 'messages[0]'"),
+        ({"messages": [ASKED, told, SAID]}, "behind others; the chat layout has a place for one, in front: move it"),
+        ({"system": "t", "messages": [told, ASKED, SAID]}, "beside the row's own system text; the chat layout"),
+        ({"system": "t", "messages": [ASKED, told, SAID]}, "join its text to the row's own system text"),
+    ):
+        with pytest.raises(UserError, match=re.escape(way)):
+            dialogue(**row)
 
 
 # ---- tools
@@ -249,7 +266,7 @@ def test_chat_of_tele_tokenize_reads_messages_like_a_row(capsys: pytest.CaptureF
     call(tokenize_command, *words, json.dumps(called))
     wanted = [*called[:2], {**SAID, "tool_calls": [{"name": "f", "arguments": {"city": "Paris", "n": 1.5}}]}]
     assert capsys.readouterr().out.split() == list(map(str, encode_chat(tiny_tokenizer(), wanted)))
-    with pytest.raises(UserError, match=r"--chat: 'messages\[1\]' is a second system message"):
+    with pytest.raises(UserError, match=r"--chat: 'messages\[1\]' is a system message behind others"):
         call(tokenize_command, *words, json.dumps([ASKED, called[0]]))
 
 

@@ -71,7 +71,7 @@ def test_reported_inputs_give_the_right_value(tmp_path: Path) -> None:
     called = packed_text(write_rows(tmp_path / "calls.jsonl", [row]), *SFT)
     assert '{"name": "f", "arguments": {"place": "Rome", "days": 3}}' in called
     late = {"messages": [*TALK, {"role": "system", "content": "Now in verse."}, *TALK]}
-    with pytest.raises(UserError, match=r"late.jsonl:1: 'messages\[2\]' is a second system message"):
+    with pytest.raises(UserError, match=r"late.jsonl:1: 'messages\[2\]' is a system message behind others"):
         packed_text(write_rows(tmp_path / "late.jsonl", [late]), *SFT)
     (tmp_path / "list.JSON").write_text('[{"text": "one fox"},\n {"text": "two dogs"}]')
     (tmp_path / "upper.JsonL").write_text('{"text": "upper fox"}\n')

@@ -133,6 +133,7 @@ def test_transcripts_are_taken_apart() -> None:
         ({"prompt": ASKED, "chosen": GOOD, "rejected": GOOD}, "same"),
         ({"prompt": ASKED, "chosen": GOOD, "rejected": "bad " * 200}, "at most 400 fit"),
         ({"query": ASKED, "response": GOOD}, "a dialogue; pack dialogues with --sft"),
+        ({"instruction": ASKED, "output": GOOD, "rejected": BAD}, "'output' is not read, and the row has no chosen"),
         ({"input": {"messages": [USER], "n": 1}, "chosen": GOOD, "rejected": BAD}, "key 'input.n' is not read"),
     ],
 )

@@ -200,7 +200,7 @@ def test_reasoning_is_refused_trained_or_left_out() -> None:
         ({"query": "q", "answers": [{"name": "", "arguments": {}}]}, "name' is '', which no call can say"),
         ({"conversations": ["q"]}, "'conversations' holds one text"),
         ({"conversations": "not json"}, "'conversations' is text but not a JSON list"),
-        ({"messages": [ASKED, SAID, {"role": "developer", "content": "rhyme"}, ASKED, SAID]}, "second system message"),
+        ({"messages": [ASKED, SAID, {"role": "developer", "content": "rhyme"}, ASKED, SAID]}, "system message behind"),
         ({"system": "s", "conversations": [{"from": "system", "value": "t"}]}, "'conversations[0]' is a second system"),
         ({"messages": [ASKED, SAID], "tools": ["f"]}, "'tools[0]' must be an object that describes a tool, found 'f'"),
         ({"query": "q", "response": ["a"]}, "'response' must be text, found list"),
