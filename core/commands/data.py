@@ -7,7 +7,7 @@ import os
 import sys
 
 from telechat_twins.core.commands.options import add_column_arguments, columns_from, columns_unmet
-from telechat_twins.core.data.chat_layout import ChatLayout, open_training_layout
+from telechat_twins.core.data.chat_layout import AUTO, BUILT_IN, ChatLayout, open_training_layout
 from telechat_twins.core.data.control import CONTROL_CHOICES, END, START
 from telechat_twins.core.data.forms.streams import UTF8, check_encoding
 from telechat_twins.core.data.kinds.messages import REASONING, Reading
@@ -89,7 +89,7 @@ def _add_row_options(parser: argparse.ArgumentParser) -> None:
         default=REASONING[0],
         help="reasoning_content of answers: refuse it, train on it in <think> tags before the answer, or leave it out",
     )
-    rows.add_argument("--chat-template", default="auto", choices=("auto", "builtin", "thinking"), help=TEMPLATE_HELP)
+    rows.add_argument("--chat-template", default=AUTO, metavar="auto|builtin|thinking|FILE", help=TEMPLATE_HELP)
     rows.add_argument("--seq-len", type=int, metavar="S", help="tokens a training sequence (needed for all but texts)")
     text = parser.add_argument_group("texts")
     text.add_argument("--bos", action="store_true", help="begin documents with <_start>; they always end with <_end>")
@@ -167,7 +167,10 @@ def _layout(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[ChatLayout 
     if _use(args) not in (DIALOGUE, PREFERENCE):
         begins = tokenizer.special.begins_note("--bos") if _use(args) == TEXT and not args.bos else []
         return None, [*assumed(tokenizer), *begins]
-    return open_training_layout(tokenizer, args.chat_template, own=args.sft == "plain")
+    layout, notes = open_training_layout(tokenizer, args.chat_template, own=args.sft == "plain")
+    if args.chat_template not in (AUTO, BUILT_IN):
+        notes.append(f"chats with a model that learns these rows need --chat-template {args.chat_template}, too")
+    return layout, notes
 
 
 def _use(args: argparse.Namespace) -> str:
@@ -381,7 +384,7 @@ def _check_options(args: argparse.Namespace, use: str) -> None:
             raise UserError(f"{name}: only with --sft {variant}")
     belongs = {
         "--seq-len": (args.seq_len is not None, (DIALOGUE, PREFERENCE, TEACHER)),
-        "--chat-template": (args.chat_template != "auto", (DIALOGUE, PREFERENCE)),
+        "--chat-template": (args.chat_template != AUTO, (DIALOGUE, PREFERENCE)),
         "--column": (bool(args.column), (DIALOGUE, PREFERENCE, TEACHER)),
         "--role": (bool(args.role), (DIALOGUE, PREFERENCE)),
         "--dataset-info": (args.dataset_info is not None, (DIALOGUE, PREFERENCE)),

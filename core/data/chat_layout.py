@@ -26,17 +26,16 @@ from telechat_twins.core.data.chat_template import (
 )
 from telechat_twins.core.data.control import THINK, ControlToken, Splitter
 from telechat_twins.core.data.encoders.jinja import (
-    MAX_TEMPLATE,
     Render,
     compiled_template,
     find_template,
+    given_template,
     lost_in,
     names_in,
 )
 from telechat_twins.core.data.encoders.special import KINDS
 from telechat_twins.core.data.tokenizer import Allow, Tokenizer
 from telechat_twins.core.errors import UserError
-from telechat_twins.core.files.foreign import read_text
 from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
 
@@ -391,7 +390,7 @@ def open_layout(
             return BuiltInLayout(tokenizer, "TeleChat2's layout with reasoning first", thinking=True), []
         return BuiltInLayout(tokenizer), []
     if choice != AUTO:
-        return TemplateLayout(tokenizer, read_text(choice, MAX_TEMPLATE), choice), []
+        return TemplateLayout(tokenizer, given_template(choice, (AUTO, BUILT_IN, THINKING)), choice), []
     found = find_template([tokenizer.path.parent, *folders])
     if found is None:
         return (BuiltInLayout(tokenizer) if tokenizer.control else None), []

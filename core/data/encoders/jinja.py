@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, NoReturn
 from telechat_twins.core.backends import install_command
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MIB, load_json, read_text
+from telechat_twins.core.near import near_path, nearest
 from telechat_twins.core.shown import printable, shown
 
 if TYPE_CHECKING:
     from jinja2 import Environment
 
 MAX_TEMPLATE = MIB
+HOLDERS = ("chat_template.jinja", "chat_template.json", "tokenizer_config.json")  # of a folder's template, in order
 # (messages, tools, add_generation_prompt, variables) -> text
 Render = Callable[[object, object, bool, object], str]
 
@@ -118,14 +120,38 @@ def _environment(marks: tuple[str, str] = ("", "")) -> Environment:
     return environment
 
 
+def given_template(path: str, words: Sequence[str]) -> str:
+    """The template of a file that an option names: a text, or a .json file with a ``chat_template``. UserError for what
+    is no such file, with a hint where one of the option's other ``words`` or a file of a folder may be meant."""
+    file = Path(path)
+    if file.is_dir():
+        held = next((f"; give {file / name}" for name in HOLDERS if (file / name).is_file()), "")
+        raise UserError(f"--chat-template {path}: must be a file, found a folder{held}")
+    if not file.exists():
+        near = nearest(path, words)
+        hint = f"; did you mean '{near}'?" if near else near_path(file)
+        raise UserError(f"--chat-template {path}: no such file; give a file or one of {', '.join(words)}{hint}")
+    if file.suffix.lower() != ".json":
+        return read_text(file, MAX_TEMPLATE)
+    value = load_json(file, "a description of the tokenizer").get("chat_template")
+    if value is None:
+        raise UserError(f"{file}: has no chat_template; give a file that holds one, or a text in Jinja's language")
+    return _one_template(value, f"{file}: chat_template")
+
+
 def find_template(folders: Sequence[Path]) -> tuple[str, str] | None:
     """(template, where it stands) of the first folder that has one, in transformers' order; UserError if damaged."""
     for folder in dict.fromkeys(folders):
-        if (file := folder / "chat_template.jinja").is_file():
-            with_tools = folder / "additional_chat_templates" / "tool_use.jinja"
+        with_tools = folder / "additional_chat_templates" / "tool_use.jinja"
+        if (file := folder / HOLDERS[0]).is_file():
             other = read_text(with_tools, MAX_TEMPLATE) if with_tools.is_file() else None
             return _with_tools(read_text(file, MAX_TEMPLATE), other), str(file)
-        for name in ("chat_template.json", "tokenizer_config.json"):
+        if with_tools.is_file():
+            raise UserError(
+                f"{with_tools}: is there without a {HOLDERS[0]} in {folder}, so chats without tools have no template; "
+                "restore that file, or give --chat-template"
+            )
+        for name in HOLDERS[1:]:
             file = folder / name
             value = load_json(file, "a description of the tokenizer").get("chat_template") if file.is_file() else None
             if value is not None:

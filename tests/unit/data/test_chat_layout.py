@@ -73,8 +73,42 @@ def test_of_several_templates_tools_choose(tmp_path):
         assert isinstance(layout, TemplateLayout)
         assert layout.render(ASK) == "<_user>Q: fox<_bot>"
         assert layout.render(ASK, [{}, {}]) == alone.render(ASK, [{}, {}]) == "\n2\n<_user>"
+    (folders[1] / "chat_template.jinja").unlink()
+    with pytest.raises(UserError, match="tool_use.jinja: is there without a chat_template.jinja"):
+        layout_of(folders[1])
     with pytest.raises(UserError, match="or a list with one named 'default'"):
         layout_of(folder_with(tmp_path, [*named[:1], {"name": ["default"], "template": OWN}]))
+
+
+def test_a_template_may_be_a_file_of_any_kind_that_holds_one(tmp_path):
+    folder = folder_with(tmp_path, OWN, "tokenizer_config.json")
+    (tmp_path / "own.jinja").write_text(OWN)
+    for name in ("own.jinja", "tokenizer_config.json"):
+        layout = layout_of(folder, str(tmp_path / name))[0]
+        assert isinstance(layout, TemplateLayout) and layout.render(ASK) == "<_user>Q: fox<_bot>"
+    (tmp_path / "bare.json").write_text("{}")
+    for choice, says in (
+        ("bultin", "--chat-template bultin: no such file; give a file or one of auto, .*; did you mean 'builtin'"),
+        (str(tmp_path / "own.jinj"), "no such file; .*; did you mean '.*/own.jinja'"),
+        (str(tmp_path), "must be a file, found a folder; give .*/tokenizer_config.json"),
+        (str(tmp_path / "bare.json"), "bare.json: has no chat_template"),
+    ):
+        with pytest.raises(UserError, match=says):
+            layout_of(folder, choice)
+
+
+def test_dialogues_are_packed_in_the_template_of_a_file(tmp_path, capsys):
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"messages": [*ASK, {"role": "assistant", "content": "dog"}]}))
+    text = "{% for m in messages %}{% if m.role == 'user' %}<_user>Q: {{ m.content }}<_bot>{% else %}{{ m.content }}"
+    (tmp_path / "own.jinja").write_text(text + "<_end>{% endif %}{% endfor %}")
+    words = [tmp_path / "rows.jsonl", "--tokenizer", tiny_tokenizer_path(), "--out", tmp_path / "out", "--quiet"]
+    words += ["--seq-len", 64, "--chat-template", tmp_path / "own.jinja"]
+    assert cli.main(["data", *map(str, words), "--sft", "plain"]) == 0
+    shown = capsys.readouterr()
+    assert "<_user>Q: fox<_bot>\u27e6dog<_end>\u27e7" in shown.out
+    assert f"chats with a model that learns these rows need --chat-template {tmp_path / 'own.jinja'}" in shown.err
+    assert cli.main(["data", *map(str, words), "--sft", "deepspeed", "--force"]) == 2
+    assert "own.jinja, which differs; use --sft plain" in capsys.readouterr().err
 
 
 def test_templates_that_say_the_same_change_nothing(tmp_path, monkeypatch):
