@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     for one in runs:
         places = {row["step"]: float(row[args.against]) for row in one.rows if args.against in row}
         marks |= {places[step]: text for step, text in one.marks.items() if step in places}
-    name = name.with_suffix("") if name.suffix in SUFFIXES else name
+    name = name.with_suffix("") if name.suffix.lower() in SUFFIXES else name
     paths = [Path(f"{name}{suffix}") for suffix in SUFFIXES]
     for path in paths:
         writable_file(path, "--out")

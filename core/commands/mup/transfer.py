@@ -52,16 +52,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--target", metavar="PRESET", help="preset with the shape to transfer to")
     parser.add_argument("--ffn", type=int, metavar="W", help="the target's ffn width (default: in proportion)")
     parser.add_argument("--out", metavar="F", help="write the target's run here (one target)")
+    parser.add_argument("--force", action="store_true", help="replace an existing file")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the table and the warnings; with ``--out`` write the run."""
     config = load_run_config(args.config, args.set)
     targets = _targets(args, config.model)
+    if args.force and not args.out:
+        raise UserError("--force: replaces the file of --out, which is not given; leave it out")
     if args.out:
         if len(targets) != 1:
             raise UserError(f"--out: a run has one width, found {len(targets)}; give one --width")
         writable_file(args.out, "--out")
+        if Path(args.out).exists() and not args.force:  # it may have been adapted by hand since
+            raise UserError(f"{args.out}: exists already; choose another --out, or replace it with --force")
     found = [transfer(config.model, config.optim, target) for target in targets]
     print(table(Path(args.config).name, (config.model, config.optim), found))
     for target in targets:

@@ -56,7 +56,7 @@ def test_runs_growth_and_a_parity_job(tmp_path: Path, capsys: pytest.CaptureFixt
     last = shown[4].curves[-1]
     assert last.label == "parity/pt" and last.y[0] == pytest.approx(1e-6 / runs[0].rows[0]["loss"])
     out = tmp_path / "shown" / "plot"
-    words = ["plot", *(str(tmp_path / name) for name in ("first", "grown", "parity")), "--out", f"{out}.svg"]
+    words = ["plot", *(str(tmp_path / name) for name in ("first", "grown", "parity")), "--out", f"{out}.SVG"]
     assert cli.main([*words, "--difference"]) == 0
     assert "4 runs: " in capsys.readouterr().out
     assert out.with_suffix(".png").read_bytes()[:4] == b"\x89PNG"

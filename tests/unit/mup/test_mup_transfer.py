@@ -60,6 +60,11 @@ def test_the_52b_preset_and_recipe_come_out(tmp_path: Path, capsys: pytest.Captu
         assert getattr(made.optim, name) == getattr(shipped.optim, name), name
     assert Path(made.data.sources[0].path).resolve() == Path(shipped.data.sources[0].path).resolve()
     assert "vocab_size 81920 -> 80384" in capsys.readouterr().out
+    out.write_text("adapted: by hand")
+    again = ["mup", "transfer", "--config", str(TELEFLM), "--width", "256", "--out", str(out)]
+    assert cli.main(again) == 2 and out.read_text() == "adapted: by hand"
+    assert f"{out}: exists already; choose another --out, or replace it with --force" in capsys.readouterr().err
+    assert cli.main([*again, "--force"]) == 0 and load_run_config(out).model.hidden_size == 256
 
 
 def test_flm_from_its_narrow_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -143,6 +148,7 @@ def test_what_is_not_a_matter_of_width_is_warned_of() -> None:
         (["--width", "8200"], "--width 8200: must be a multiple of 128 (head size 128); nearest: 8192"),
         (["--width", "0"], "--width 0: must be a multiple of 128"),
         (["--width", "512", "1024", "--out", "x.yaml"], "--out: a run has one width, found 2"),
+        (["--width", "512", "--force"], "--force: replaces the file of --out, which is not given"),
         (["--width", "512", "1024", "--ffn", "8"], "--ffn: is the width of one target's ffn, found 2 widths"),
         (["--width", "512", "--ffn", "0"], "--ffn: must be at least 1"),
         (["--target", "teleflm-52b", "--ffn", "8"], "--ffn: cannot be combined with --target"),
