@@ -213,8 +213,13 @@ def _steps(run: Run, signals: Signals, records: Records, total: int, saves: bool
     if run.config.preference is not None and not run.live:
         _prepare_reference(run, signals, records)
         caught = _agree(run, signals)
-    if run.saver.last is not None and run.saver.last == step_folder(run):
-        _judge(run, signals, records, [hook for hook in run.hooks if hook.unfinished(run.state.step)])
+    if run.hooks and run.saver.last is not None:
+        # By name, since --resume may spell the run's folder otherwise than --out.
+        left = [
+            run.saver.last.name == step_folder(run).name and h.unfinished(run.state.step, run.due) for h in run.hooks
+        ]
+        agreed = run.stepper.agree([float(flag) for flag in left], "max")
+        _judge(run, signals, records, [hook for hook, flag in zip(run.hooks, agreed, strict=True) if flag])
     while run.state.step < total and caught is None and not run.held_out.exhausted:
         for hook in run.hooks:
             hook.before_step(run.state.step + 1)

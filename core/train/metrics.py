@@ -52,6 +52,7 @@ class MetricsLog:
             file.flush()
             os.fsync(file.fileno())
         os.replace(beside, self.path)
+        self.kept: Row = kept[-1] if kept else {}  # the last row that an earlier process wrote
         self._fd = os.open(self.path, os.O_WRONLY | os.O_APPEND)
 
     def append(self, row: Row) -> None:

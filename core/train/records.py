@@ -60,13 +60,15 @@ class Records:
             self._plot.look()
 
     def more(self, step: int, row: Row) -> None:
-        """Keep further figures of a step that has been recorded, as rows of their own; texts go to TensorBoard."""
+        """Keep further figures of a step that has been recorded, as rows of their own; texts go to TensorBoard. Those
+        that an interrupted process has kept already are left out."""
         if self._active:
+            before = self._log.kept if self._log.kept.get("step") == step else {}
             texts = {key: value for key, value in row.items() if isinstance(value, str)}
             for tracker in self._trackers:
                 if texts and isinstance(tracker, TensorBoard):
                     tracker.texts(step, texts)
-            numbers = {key: value for key, value in row.items() if key not in texts}
+            numbers = {k: v for k, v in row.items() if k not in texts and not (k in before and before[k] == v)}
             if numbers:
                 self._log.append({"step": step, **numbers})
                 for tracker in self._trackers:

@@ -27,13 +27,12 @@ from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import write_text
 from telechat_twins.core.launch.command import RANK_VARIABLES
 from telechat_twins.core.shown import printable
+from telechat_twins.core.train.heldout.due import DONE, FOLDER
 from telechat_twins.core.train.metrics import TASKS, Row
 from telechat_twins.core.train.run.hooks import Hook, Note
 from telechat_twins.core.train.stepper import Stepper
 from telechat_twins.core.types import JsonObject
 
-FOLDER = "evaluations"  # of a run; a folder a step below it
-DONE = "finished"  # file of a step's folder, once all of it is in the records
 SAMPLES = "samples.jsonl"
 GIVEN = "given.json"  # file of a step's folder: what its evaluation was begun with
 BACKENDS = {"mindspore": "ms", "pytorch": "pt"}
@@ -85,13 +84,15 @@ class CheckpointScores(Hook):
 
     def __init__(self, config: RunConfig, given: EvalConfig, folder: Path, stepper: Stepper, command: Command) -> None:
         self._config, self._eval, self._folder, self._stepper, self._command = config, given, folder, stepper, command
+        self._failed = False  # whether a part of the last evaluation did
 
-    def unfinished(self, step: int) -> bool:
+    def unfinished(self, step: int, due: bool) -> bool:
         folder = self._of(step)
-        return folder.is_dir() and not (folder / DONE).is_file()
+        return self._stepper.rank == 0 and (due or folder.is_dir()) and not (folder / DONE).is_file()
 
     def judge(self, step: int, checkpoint: Path, note: Note, stopped: Callable[[], bool]) -> Row:
         row: Row = {}
+        self._failed = False
         unmade = self._begin(step, checkpoint) if self._stepper.rank == 0 else None
         jobs = [("tasks", self._task_words), ("samples", self._sample_words)]
         for name, words in jobs:
@@ -107,6 +108,7 @@ class CheckpointScores(Hook):
                 except (OSError, ValueError, KeyError) as error:
                     problem = f"{type(error).__name__}: {error}"
                 if problem is not None:
+                    self._failed = True
                     note(f"warning: step {step}: eval.{name} could not be evaluated ({problem}); training goes on")
         return row
 
@@ -128,7 +130,8 @@ class CheckpointScores(Hook):
         return None
 
     def judged(self, step: int) -> None:
-        if self._stepper.rank == 0:
+        # What has failed, as on a full disk, is tried again by a run that goes on from here.
+        if self._stepper.rank == 0 and not self._failed:
             with contextlib.suppress(OSError, UserError):
                 write_text(self._of(step) / DONE, "")
 

@@ -43,9 +43,9 @@ class Hook:
     def judged(self, step: int) -> None:
         """The figures of ``judge`` have been recorded."""
 
-    def unfinished(self, step: int) -> bool:
-        """Whether an interrupted run began to judge the checkpoint of ``step`` and did not finish; the same on all
-        ranks."""
+    def unfinished(self, step: int, due: bool) -> bool:
+        """Whether an interrupted run was to judge the checkpoint of ``step`` and did not finish. ``due``: it was saved
+        where a run without interruption saves one, too. True on one rank counts for all."""
         return False
 
     def close(self) -> None:

@@ -12,6 +12,7 @@ from telechat_twins.core.model.growth import Growth, read_history
 from telechat_twins.core.model.lora import AdapterBase, AdapterRecord, adapter_record
 from telechat_twins.core.model.xpos_range import check_xpos_range
 from telechat_twins.core.train.health import Health
+from telechat_twins.core.train.heldout.due import unfinished_note, was_due
 from telechat_twins.core.train.heldout.evaluate import HeldOut
 from telechat_twins.core.train.loss_scale import DynamicLossScale
 from telechat_twins.core.train.resume import describe_resumption, require_same_base
@@ -44,6 +45,7 @@ class Run:
         self.loss_scale = DynamicLossScale() if config.train.precision == "fp16" else None
         self.saver = Saver()
         self.origin: Path | None = None  # the checkpoint of another folder that this run went on from
+        self.due = False  # whether the checkpoint that it goes on from was to be evaluated
         longest = max(stage.data.seq_len for stage in self.stages)
         warning = check_xpos_range(config.model, config.train.precision, longest)
         self.notes: list[str] = [] if warning is None else [f"warning: {warning}"]
@@ -82,6 +84,7 @@ class Run:
         self.state = TrainState(trainer["step"], trainer["samples"], trainer["tokens"])
         self.health.load(trainer["health"])
         self.held_out.load(trainer)
+        self.due = was_due(trainer)
         self.lineage = lineage_of(checkpoint, self.stepper.rank == 0)
         self.history = read_history(checkpoint.model, str(checkpoint.path / "model.json"))
         if self.loss_scale is not None and trainer["loss_scale"] is not None:
@@ -94,6 +97,7 @@ class Run:
             self.held_out.settle(self.out, self.state.step, self.stepper.rank)
         else:
             self.origin = checkpoint.path
+            self.notes += unfinished_note(checkpoint.path, self.due)
 
     def digest(self) -> str:
         """Digest of the data that the last step was drawn from."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -15,8 +16,9 @@ from telechat_twins.core.config import load_run_config, run_config_from_dict
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.train import loop, records
 from telechat_twins.core.train.heldout import scores
+from telechat_twins.core.train.heldout.due import was_due
 from telechat_twins.core.train.heldout.scores import SAMPLES, CheckpointScores, open_scores, samples_of
-from telechat_twins.core.train.metrics import last_row, plot_losses, read_metrics
+from telechat_twins.core.train.metrics import MEASURED, last_row, plot_losses, read_metrics
 from tests.campaigns.killing import ROOT
 from tests.support.numpy_stepper import Cluster, MemoryBlend, NumpyStepper, run_config
 
@@ -35,7 +37,7 @@ if "answers" in words:
     prompts = [json.loads(line)["prompt"] for line in open(option("--questions"))]
     out.write_text("".join(json.dumps({"prompt": p, "text": f" after {step}"}) + "\\n" for p in prompts))
 else:
-    out.mkdir()
+    out.mkdir(exist_ok=True)
     entry = lambda error: {"score": step / 100, "stderr": error, "metric": "acc,none"}
     (out / "results.json").write_text(json.dumps({"tasks": {"arc": entry(0.5), "rolling": entry(None)}}))
 """
@@ -191,6 +193,112 @@ def test_an_evaluation_that_another_backend_began_is_begun_anew(tmp_path, monkey
     assert "could not be evaluated" not in capsys.readouterr().err
     assert [row["step"] for row in read_metrics(tmp_path) if "tasks/arc/acc" in row] == [2, 4, 5]
     assert '"--backend", "pt"' in _log(tmp_path, 5, "samples")
+
+
+class Killed(BaseException):
+    """In place of a kill: nothing of the run goes on behind it."""
+
+
+def killed_at(monkeypatch: pytest.MonkeyPatch, where: str, step: int) -> None:
+    """End a run before, in or after the evaluation of one checkpoint."""
+    owner, name = {
+        "before": (CheckpointScores, "judge"),
+        "in": (CheckpointScores, "_scores"),
+        "between": (CheckpointScores, "_texts"),
+        "after": (CheckpointScores, "judged"),
+    }[where]
+    real = getattr(owner, name)
+
+    def instead(self, now, *more):
+        if now == step:
+            raise Killed
+        return real(self, now, *more)
+
+    monkeypatch.setattr(owner, name, instead)
+
+
+@pytest.mark.parametrize("where", ["before", "in", "between", "after"])
+@pytest.mark.parametrize("backend", ["same", "other"])
+@pytest.mark.parametrize("spelling", ["auto", "relative"])
+def test_a_kill_neither_loses_nor_doubles_an_evaluation(tmp_path, monkeypatch, where, backend, spelling):
+    stand_in(monkeypatch, STAND_IN.replace("FAILS", "-1"))
+    loop.train(Stepper, config_of(), tmp_path / "whole")
+    for step in (4, 5):
+        out = tmp_path / f"killed-{step}"
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            killed_at(patch, where, step)
+            loop.train(Stepper, config_of(), out)
+        assert not (out / "evaluations" / f"step-{step:08d}" / "finished").exists()
+        monkeypatch.chdir(tmp_path)
+        resume = "auto" if spelling == "auto" else out.name
+        loop.train(OtherStepper if backend == "other" else Stepper, config_of(), out, resume=resume)
+        assert figures_of(out) == figures_of(tmp_path / "whole")
+        for key in ('"tasks/arc/acc"', '"tasks/arc/stderr"'):  # no line of the file says it twice
+            assert (out / "metrics.jsonl").read_text().count(key) == 3
+
+
+def figures_of(run: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in MEASURED} for row in read_metrics(run)]
+
+
+@pytest.mark.parametrize("step", [3, 4])
+def test_a_signal_before_the_evaluation_leaves_it_to_the_resumed_run(tmp_path, monkeypatch, step):
+    """The checkpoint of step 4 was due, that of step 3 only the signal's: a run without interruption has none."""
+    stand_in(monkeypatch, STAND_IN.replace("FAILS", "-1"))
+    real = loop._recorded
+
+    def recorded(run, kept, row):
+        if row["step"] == step:
+            os.kill(os.getpid(), 15)
+        return real(run, kept, row)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_recorded", recorded)
+        assert loop.train(Stepper, config_of(), tmp_path).interrupted_by == 15
+    assert not (tmp_path / "evaluations" / f"step-{step:08d}").exists()
+    loop.train(Stepper, config_of(), tmp_path, resume="auto")
+    assert [row["step"] for row in read_metrics(tmp_path) if "tasks/arc/acc" in row] == [2, 4, 5]
+
+
+def test_a_failed_evaluation_is_tried_again_by_the_run_that_goes_on_from_it(tmp_path, monkeypatch, capsys):
+    stand_in(monkeypatch, STAND_IN.replace("FAILS", "5"))
+    loop.train(Stepper, config_of(), tmp_path)
+    assert "tasks/arc/acc" not in read_metrics(tmp_path)[4]
+    stand_in(monkeypatch, STAND_IN.replace("FAILS", "-1"))
+    loop.train(Stepper, config_of(), tmp_path, resume="auto")
+    assert read_metrics(tmp_path)[4]["tasks/arc/acc"] == 0.05
+    assert "step 4: " not in capsys.readouterr().err.replace("after step 4: ", "")
+
+
+def test_a_run_in_another_folder_says_what_was_left_unfinished(tmp_path, monkeypatch, capsys):
+    stand_in(monkeypatch, STAND_IN.replace("FAILS", "-1"))
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        killed_at(patch, "before", 4)
+        loop.train(Stepper, config_of(), tmp_path / "first")
+    loop.train(OtherStepper, config_of(), tmp_path / "second", resume=str(tmp_path / "first"))
+    said = capsys.readouterr().err
+    assert f"note: the tasks or samples of {tmp_path / 'first' / 'step-00000004'} were not evaluated to the end" in said
+    loop.train(Stepper, config_of(), tmp_path / "third", resume=str(tmp_path / "first" / "step-00000002"))
+    assert "were not evaluated" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("trainer", "due"),
+    [
+        ({"step": 4}, True),
+        ({"step": 5}, False),
+        ({"step": 9}, True),
+        ({"step": 5, "held_out": {"value": 1.0, "step": 5, "since": 0}}, True),
+        ({"step": 5, "held_out": {"value": None, "step": 0, "since": 3}}, True),  # patience has ended it
+        ({"step": 5, "held_out": {"value": 1.0, "step": 3, "since": 2}}, False),
+    ],
+)
+def test_which_checkpoints_are_evaluated(trainer, due):
+    config = {"checkpoint": {"every": 4}, "train": {"steps": 9}}
+    section = {"tasks": ["arc"], "keep_best": True, "patience": 3}
+    assert was_due({**trainer, "config": {**config, "eval": section}}) is due
+    for without in (None, {**section, "tasks": []}):
+        assert not was_due({**trainer, "config": {**config, "eval": without}})
 
 
 def test_all_ranks_wait_for_rank_0(tmp_path, monkeypatch):
