@@ -96,7 +96,15 @@ class HeldOut:
         metrics = held_out_metrics(self._sources, stepper, train.global_batch, train.micro_batch)
         row |= metrics
         note(describe(step, metrics))
-        return self.best.judge(judged_value(metrics, given), step) and given.keep_best
+        value = judged_value(metrics, given)
+        if self._compares and not math.isfinite(value):
+            note(f"warning: step {step}: eval.metric {given.metric} is {value}, which is never better than another")
+        return self.best.judge(value, step) and given.keep_best
+
+    @property
+    def _compares(self) -> bool:
+        """Whether anything follows from a better or worse evaluation."""
+        return self._eval is not None and (self._eval.keep_best or self._eval.patience > 0)
 
     @property
     def exhausted(self) -> bool:
@@ -108,18 +116,33 @@ class HeldOut:
         """What precedes the last line of a run that ends early."""
         if not self.exhausted:
             return ""
+        if self.best.value is None:
+            return f"{self.best.since} evaluations, and none with a finite eval.metric; "
         return f"{self.best.since} evaluations without a better one than that after step {self.best.step}; "
 
     @property
     def trainer_entries(self) -> JsonObject:
         """What a checkpoint records, for a resumed run to compare with."""
-        return {} if self._eval is None else {"held_out": asdict(self.best)}
+        return {} if self._eval is None else {"held_out": asdict(self.best), "held_out_data": self._digests}
 
-    def load(self, trainer: JsonObject) -> None:
-        """Continue from a checkpoint's record. A run without one begins to compare anew, and so does one that judges
-        by another metric or other rows: the numbers before would be of another thing."""
+    @property
+    def _digests(self) -> list[str]:
+        return [source.blend.digest() for source in self._sources]
+
+    def load(self, trainer: JsonObject) -> list[str]:
+        """Continue from a checkpoint's record; lines for the log. A run without one begins to compare anew, and so does
+        one that judges by another metric or other rows: the numbers before would be of another thing."""
+        before = Best(**trainer.get("held_out", {}))
         same = judged_by(trainer["config"]) == judged_by(self._config.to_dict())
-        self.best = Best(**trainer.get("held_out", {})) if same else Best()
+        # Checkpoints of earlier versions do not say which contents they were judged on.
+        same = same and trainer.get("held_out_data", self._digests) == self._digests
+        self.best = before if same else Best()
+        if same or before.value is None or not self._compares:
+            return []
+        return [
+            f"warning: eval judges by another metric or other text than before: the best so far, {before.value:.4f} of "
+            f"step {before.step}, no longer counts, and keep_best and patience begin anew"
+        ]
 
     def settle(self, folder: Path, step: int, rank: int) -> None:
         """Let the file ``best`` of a run that goes on at ``step`` name the checkpoint that its record says. It may name

@@ -83,7 +83,7 @@ class Run:
             raise RuntimeError(f"stepper is at update {self.stepper.step}, checkpoint at {trainer['optimizer_steps']}")
         self.state = TrainState(trainer["step"], trainer["samples"], trainer["tokens"])
         self.health.load(trainer["health"])
-        self.held_out.load(trainer)
+        self.notes += self.held_out.load(trainer)
         self.due = was_due(trainer)
         self.lineage = lineage_of(checkpoint, self.stepper.rank == 0)
         self.history = read_history(checkpoint.model, str(checkpoint.path / "model.json"))

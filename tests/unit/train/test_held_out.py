@@ -158,6 +158,37 @@ def test_a_resumed_run_that_judges_by_another_number_compares_anew(held, tmp_pat
     assert (tmp_path / "best").read_text() == f"step-{step:08d}\n"
 
 
+def test_other_text_in_the_same_folder_is_compared_anew(held, tmp_path, monkeypatch, capsys) -> None:
+    losses = iter([1.0, 2.0, 3.0, 2.5, 2.6, 2.7])
+    monkeypatch.setattr(evaluate, "held_out_metrics", lambda *_: figures("web", next(losses), 10, 20))
+    section = {"sources": TWO[:1], "every": 2, "keep_best": True, "patience": 3}
+    first = run_config(train__steps=4, eval=section, checkpoint={"every": 1, "keep_last": 9})
+    loop.train(NumpyStepper, first, tmp_path)
+    assert "compare anew" not in capsys.readouterr().err
+    monkeypatch.setattr(Held, "digest", lambda self: "other text")
+    then = run_config(train__steps=12, eval=section, checkpoint={"every": 1, "keep_last": 9})
+    loop.train(NumpyStepper, then, tmp_path, resume="auto")
+    said = "warning: eval judges by another metric or other text than before: the best so far, 1.0000 of step 2, no"
+    assert said in capsys.readouterr().err
+    assert open_checkpoint(tmp_path).trainer["held_out"] == {"value": 2.5, "step": 8, "since": 2}
+    assert (tmp_path / "best").read_text() == "step-00000008\n"
+    checkpoint = open_checkpoint(tmp_path).trainer
+    checkpoint.pop("held_out_data")  # as an earlier version wrote it
+    again = HeldOut(then, sources.open_held_out(then, MemoryBlend(7)))
+    assert again.load(checkpoint) == [] and again.best.value == 2.5
+
+
+def test_a_metric_that_is_no_number_is_said(held, tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(evaluate, "held_out_metrics", lambda *_: figures("web", math.nan, 10, 20))
+    section = {"sources": TWO[:1], "every": 2, "keep_best": True, "patience": 3}
+    config = run_config(train__steps=12, eval=section, checkpoint={"every": 1, "keep_last": 9})
+    assert loop.train(NumpyStepper, config, tmp_path).step == 6
+    said = capsys.readouterr().err
+    assert "warning: step 2: eval.metric loss is nan, which is never better than another" in said
+    assert "3 evaluations, and none with a finite eval.metric; finished 6 steps" in said
+    assert not (tmp_path / "best").exists()
+
+
 def test_best_follows_the_checkpoint_that_a_run_goes_on_from(held, tmp_path, monkeypatch) -> None:
     """A run may be killed after it saved its best checkpoint and before `best` names it, or be put back."""
     losses = iter([3.0, 2.0, 9.0, 8.0, 8.5, 8.6])
