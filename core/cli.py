@@ -18,7 +18,7 @@ from typing import NoReturn
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files import ROOT
-from telechat_twins.core.launch.signals import signals_as_interrupt
+from telechat_twins.core.launch.signals import name_of, signals_as_interrupt
 from telechat_twins.core.near import nearest, number_meant, option_like
 from telechat_twins.core.shown import controls_shown, escape_unencodable, message_line, shown
 from telechat_twins.core.wrapped import HelpFormatter, help_width, wrapped
@@ -238,7 +238,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"tele: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
+        if (name := name_of(interrupt)) != "SIGINT":  # whoever presses Ctrl-C knows
+            with contextlib.suppress(OSError):  # of a terminal that was closed
+                print(f"tele: ended by {name}", file=sys.stderr, flush=True)
         return 130
     except BrokenPipeError:
         # The reader of our output (`| head`) has closed the pipe. Redirect the interpreter's final flush.

@@ -40,9 +40,9 @@ from telechat_twins.core.launch.nodes import RENDEZVOUS_S, JobEnd, Nodes, bind, 
 from telechat_twins.core.launch.processes import Deaths, ProcessTree, lives
 from telechat_twins.core.launch.run_lock import hold_folder
 from telechat_twins.core.launch.screen import Screen, last_lines
-from telechat_twins.core.launch.signals import signals_as_interrupt
+from telechat_twins.core.launch.signals import name_of, signals_as_interrupt
 from telechat_twins.core.launch.stacks import dump_stacks, read_bytes
-from telechat_twins.core.launch.worker import SCHEDULER, STOPPED, read_status, stack_path
+from telechat_twins.core.launch.worker import SCHEDULER, STOPPED, read_status, relayed_path, stack_path
 from telechat_twins.core.shown import from_here
 from telechat_twins.core.types import JsonObject
 
@@ -160,7 +160,7 @@ def _run(
     again: bool = False,
 ) -> int:
     folder = plan.folder
-    for pattern in ("status_*", "worker_*.log", "stack_*.txt", "heartbeat_*.bin", "scheduler.log"):
+    for pattern in ("status_*", "worker_*.log", "stack_*.txt", "heartbeat_*.bin", "scheduler.log", "signal"):
         for old in folder.glob(pattern):
             old.unlink()
     # Kept bound while the job runs, so that the system assigns the port to no other program.
@@ -176,9 +176,9 @@ def _run(
             run = _Running(plan, nodes, processes, screen, Waits(folder, plan.ranks))
             try:
                 return _watch(run, limits, again)
-            except KeyboardInterrupt:
-                nodes.end(130, "interrupted")
-                _interrupt(run)
+            except KeyboardInterrupt as interrupt:
+                nodes.end(130, name_of(interrupt))
+                _interrupt(run, name_of(interrupt))
                 return 130
     finally:
         if reserved:
@@ -399,7 +399,7 @@ def _ended_elsewhere(run: _Running, ended: JobEnd, news: bytes) -> int:
     run.screen.show(news.split(b"Traceback (most recent call last)")[0], last=ended.code != 130)
     if ended.code == 130:
         _tell(f"tele: node {ended.node} was interrupted; ending here too")
-        _interrupt(run)
+        _interrupt(run, ended.why)
         return 130
     run.waits.look(run.plan.ranks)
     where = _stacks(run)
@@ -451,8 +451,11 @@ def _stacks(run: _Running) -> dict[int, str]:
     return dump_stacks(run.plan.folder, _own(run))
 
 
-def _interrupt(run: _Running) -> None:
-    """Pass Ctrl-C on to the ranks and wait for them to end: training finishes its step and saves first."""
+def _interrupt(run: _Running, name: str) -> None:
+    """Pass a signal on to the ranks as Ctrl-C and wait for them to end: training finishes its step and saves first.
+    ``name``: of that signal, for what they say."""
+    with suppress(OSError):  # a full disk: they say SIGINT
+        relayed_path(run.plan.folder).write_text(name, encoding="utf-8")
     screen, own = run.screen, _own(run)
     logs = [run.plan.folder / f"worker_{rank}.log" for rank in own]
     written = [_size(log) for log in logs]

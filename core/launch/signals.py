@@ -6,8 +6,26 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 INTERRUPTING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A KeyboardInterrupt that knows the signal that it stands for."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+
+def name_of(interrupt: KeyboardInterrupt) -> str:
+    """The name of the signal behind an interrupt: SIGINT where nothing else is known."""
+    return signal.Signals(interrupt.number if isinstance(interrupt, Interrupted) else signal.SIGINT).name
+
+
+def _interrupt(number: int, _: FrameType | None) -> None:
+    raise Interrupted(number)
 
 
 @contextmanager
@@ -24,7 +42,7 @@ def signals_as_interrupt() -> Iterator[None]:
     before = {number: signal.getsignal(number) for number in INTERRUPTING}
     changed = {number: handler for number, handler in before.items() if handler is not signal.SIG_IGN}
     for number in changed:
-        signal.signal(number, signal.default_int_handler)
+        signal.signal(number, _interrupt)
     try:
         yield
     finally:

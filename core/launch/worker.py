@@ -51,6 +51,7 @@ MEETING = (
 )
 
 _supervised = False
+_folder: Path | None = None  # of the status files of this rank's launch
 
 
 class SelfEnded(SystemExit):
@@ -113,6 +114,21 @@ def stack_path(log_dir: str | Path, rank: int) -> Path:
     return Path(log_dir) / f"stack_{rank}.txt"
 
 
+def relayed_path(log_dir: str | Path) -> Path:
+    """File with the name of the signal that a launcher passes on to its ranks as SIGINT."""
+    return Path(log_dir) / "signal"
+
+
+def relayed_signal() -> int | None:
+    """The signal that the launcher of this rank has passed on as SIGINT; None where it has not, or there is none."""
+    if _folder is None:
+        return None
+    try:
+        return signal.Signals[relayed_path(_folder).read_text(encoding="utf-8")]
+    except (OSError, KeyError, UnicodeDecodeError):
+        return None
+
+
 def read_status(log_dir: str | Path, rank: int | str) -> JsonObject | None:
     """The status of one rank; None before it has started."""
     try:
@@ -155,7 +171,7 @@ def die_with_launcher() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the script as ``__main__`` and record the outcome; returns the exit code of this rank."""
-    global _supervised
+    global _supervised, _folder
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--status-dir", type=Path, required=True)
     parser.add_argument("--output-file", help="file for stdout and stderr, with {rank} in its name; default: inherited")
@@ -182,7 +198,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     escape_unencodable()
     if options.terminal and rank == 0:
         _pretend_terminal()
-    _supervised = True
+    _supervised, _folder = True, options.status_dir
     # On SIGTERM (from the launcher or torchrun) the rank first writes its stack, even from inside native code: that
     # shows where it hung, and that it was ended from outside rather than by an error of its own. Training replaces this
     # handler by its own, in order to save first, so the launcher asks for stacks by SIGUSR1.

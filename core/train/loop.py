@@ -58,11 +58,12 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 @dataclass(frozen=True)
 class TrainResult:
     """How ``train`` ended: at which step, with which checkpoint (None: a recorder ended it), and the signal that
-    interrupted it, if one did."""
+    interrupted it, if one did; ``relayed``: a launcher passed it on."""
 
     step: int
     checkpoint: Path | None
     interrupted_by: int | None = None
+    relayed: bool = False
 
 
 def train(
@@ -202,7 +203,7 @@ def _go(run: Run) -> TrainResult:
     else:
         plot = run.out / "loss.png"
         records.note(f"{run.held_out.ending}finished {run.state.step} steps; checkpoint {saved}; plot {plot}")
-    return TrainResult(run.state.step, saved, caught)
+    return TrainResult(run.state.step, saved, caught, signals.relayed)
 
 
 def _steps(run: Run, signals: Signals, records: Records, total: int, saves: bool) -> int | None:
@@ -270,9 +271,11 @@ def _prepare_reference(run: Run, signals: Signals, records: Records) -> None:
 def _agree(run: Run, signals: Signals, problem: str | None = None) -> int | None:
     """The signal that some rank has caught, if any. Raises on all ranks when one has a ``problem``, or when the
     save in the background has failed on one."""
-    mine = [signals.caught or 0, problem is not None, run.saver.failed, *run.meter.memory]
-    caught, stuck, failed, *memory = run.stepper.agree([float(number) for number in mine], "max")
+    mine = [signals.caught or 0, signals.relayed, problem is not None, run.saver.failed, *run.meter.memory]
+    caught, relayed, stuck, failed, *memory = run.stepper.agree([float(number) for number in mine], "max")
     run.meter.largest = memory
+    if relayed:
+        signals.relayed = True
     if stuck:
         raise_on_all(run.stepper, problem)
     if failed:

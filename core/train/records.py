@@ -11,6 +11,7 @@ from types import FrameType
 
 from telechat_twins.core.config import RunConfig
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.launch.worker import relayed_signal
 from telechat_twins.core.model.masks import describe as describe_growth
 from telechat_twins.core.model.params import count_parameters
 from telechat_twins.core.parallel.schedule import bubble_formula
@@ -91,9 +92,13 @@ class Records:
 
 class Signals:
     """While active, the first SIGINT or SIGTERM is remembered in ``caught`` and the next one has its default, deadly
-    effect: done by the kernel and not by Python, so that it also ends a step that hangs inside a framework."""
+    effect: done by the kernel and not by Python, so that it also ends a step that hangs inside a framework.
+
+    ``relayed``: a launcher passed it on. It sends SIGINT whatever it was sent, which ``caught`` then is.
+    """
 
     caught: int | None = None
+    relayed = False
 
     def __init__(self, quiet: bool = False) -> None:
         self._quiet = quiet
@@ -105,15 +110,15 @@ class Signals:
         return self
 
     def _catch(self, number: int, _: FrameType | None) -> None:
-        self.caught = number
+        passed_on = relayed_signal() if number == signal.SIGINT else None
+        self.caught, self.relayed = passed_on or number, passed_on is not None
+        name = signal.Signals(self.caught).name
         for s in self._previous:
             signal.signal(s, signal.SIG_DFL)
         if self._quiet:
             return
         # os.write, not print: a print could be interrupted inside another one, which Python forbids.
-        os.write(
-            2, f"\n{signal.Signals(number).name}: finishing this step and saving; once more to stop at once\n".encode()
-        )
+        os.write(2, f"\n{name}: finishing this step and saving; once more to stop at once\n".encode())
 
     def __exit__(self, *_: object) -> None:
         for s, handler in self._previous.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -48,8 +49,9 @@ def main(
 ) -> int:
     """What a backend's train.py does: parse ``argv``, train, return the exit code.
 
-    0 done; 2 a mistake of the user's (one line); 130 or 143 interrupted, with a checkpoint. Training that stopped
-    itself leaves through SystemExit with its message, which Python prints before it exits with 1.
+    0 done; 2 a mistake of the user's (one line); 130 or 143 interrupted, with a checkpoint (130 by a launcher, whatever
+    it was sent). Training that stopped itself leaves through SystemExit with its message, which Python prints before it
+    exits with 1.
     """
 
     def run() -> int:
@@ -65,6 +67,8 @@ def main(
                 result = train(stepper_factory, config, out, args.resume, open_initial, open_recorder, open_hooks)
             except TrainingStopped as stop:
                 raise SelfEnded(str(stop)) from None
-        return 0 if result.interrupted_by is None else 128 + result.interrupted_by
+        if result.interrupted_by is None:
+            return 0
+        return 128 + (signal.SIGINT if result.relayed else result.interrupted_by)
 
     return run_script(run)

@@ -16,6 +16,8 @@ from typing import Any
 import psutil
 import pytest
 
+from telechat_twins.core.launch.worker import relayed_path
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # One script for both launchers. It joins the cluster only where the case needs it: that costs seconds.
@@ -228,6 +230,7 @@ def test_interrupt_ends_everything(backend: str, number: int, case: str, tmp_pat
     code, out, err = run.finish()
     assert code == 130, err
     assert "Traceback" not in err
+    assert relayed_path(tmp_path / "logs").read_text() == signal.Signals(number).name
     if case == "saves":
         assert b"saved" in out, "an interrupted rank may finish what it is doing"
         for rank in range(3):

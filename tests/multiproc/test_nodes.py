@@ -17,7 +17,9 @@ import pytest
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.launch import nodes as nodes_module
+from telechat_twins.core.launch.command import node_logs
 from telechat_twins.core.launch.nodes import JobEnd, Nodes, bind, meet
+from telechat_twins.core.launch.worker import relayed_path
 from tests.multiproc.test_launch_real import SCRIPT, Launched
 
 # Joins the cluster the way each framework does, and adds up the ranks' numbers.
@@ -149,10 +151,11 @@ def test_an_interrupt_reaches_both_nodes(tmp_path: Path) -> None:
     runs = two_nodes(tmp_path, "pt", "saves", SCRIPT)
     for run in runs:
         run.wait_for_output("waiting")
-    os.kill(runs[1].process.pid, signal.SIGINT)
+    os.kill(runs[1].process.pid, signal.SIGTERM)
     for run in runs:
         code, out, err = run.finish()
         assert code == 130, err
+        assert relayed_path(node_logs(tmp_path / "logs", run.node)).read_text() == "SIGTERM"
         assert b"saved" in out
         assert ("tele: node 1 was interrupted; ending here too" in err) == (run.node == 0)
     assert runs[0].left_over() == [] and runs[1].left_over() == []

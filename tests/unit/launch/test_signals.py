@@ -11,17 +11,34 @@ from pathlib import Path
 
 import pytest
 
-from telechat_twins.core.launch.signals import signals_as_interrupt
+from telechat_twins.core import cli
+from telechat_twins.core.commands import doctor
+from telechat_twins.core.launch.signals import name_of, signals_as_interrupt
 from tests.support.data_support import tiny_tokenizer_path
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_every_ending_signal_is_an_interrupt(number: signal.Signals) -> None:
     before = signal.getsignal(number)
-    with pytest.raises(KeyboardInterrupt), signals_as_interrupt():
+    with pytest.raises(KeyboardInterrupt) as caught, signals_as_interrupt():
         os.kill(os.getpid(), number)
         time.sleep(1)
-    assert signal.getsignal(number) is before
+    assert signal.getsignal(number) is before and name_of(caught.value) == number.name
+    assert name_of(KeyboardInterrupt()) == "SIGINT"
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_command_says_which_signal_ended_it(
+    number: signal.Signals, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run(_: object) -> int:
+        os.kill(os.getpid(), number)
+        time.sleep(1)
+        return 0
+
+    monkeypatch.setattr(doctor, "run", run)
+    assert cli.main(["doctor"]) == 130
+    assert capsys.readouterr().err == ("" if number == signal.SIGINT else f"tele: ended by {number.name}\n")
 
 
 def test_an_ignored_signal_stays_ignored() -> None:

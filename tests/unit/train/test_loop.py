@@ -16,6 +16,7 @@ import pytest
 from telechat_twins.core.checkpoint.read import manifest_digest, open_checkpoint
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.safetensors import file_sha256
+from telechat_twins.core.launch import worker
 from telechat_twins.core.train import loop, records, script
 from telechat_twins.core.train.health import TrainingStopped
 from telechat_twins.core.train.metrics import MEASURED, read_metrics
@@ -366,6 +367,28 @@ def test_a_signal_finishes_the_step_saves_and_resumes(tmp_path, number, capfd):
     loop.train(NumpyStepper, run_config(), tmp_path / "parts", resume="auto")
     loop.train(NumpyStepper, run_config(), tmp_path / "whole")
     assert_same_run(tmp_path / "whole", tmp_path / "parts")
+
+
+@pytest.mark.parametrize(("name", "number", "relayed"), [("SIGTERM", 15, True), ("SIGINT", 2, True), ("no", 2, False)])
+def test_a_signal_that_a_launcher_passed_on_has_its_name(tmp_path, monkeypatch, capfd, name, number, relayed):
+    """Launchers send their ranks SIGINT whatever they were sent; the exit code is then theirs."""
+
+    class Told(NumpyStepper):
+        def update(self, lr, grad_scale):
+            if self.calls == 5:
+                worker.relayed_path(tmp_path).write_text(name)
+                os.kill(os.getpid(), signal.SIGINT)
+            super().update(lr, grad_scale)
+
+    monkeypatch.setattr(worker, "_folder", tmp_path)
+    result = loop.train(Told, run_config(), tmp_path / "run")
+    assert (result.step, result.interrupted_by, result.relayed) == (5, number, relayed)
+    shown, said = capfd.readouterr().err, signal.Signals(number).name
+    assert f"{said}: finishing this step" in shown and f"stopped by {said} after step 5" in shown
+    monkeypatch.setattr(script, "train", lambda *_: result)
+    monkeypatch.setattr(script, "load_run_config", lambda *_: run_config())
+    monkeypatch.setattr(script, "check_stages", lambda *_: None)
+    assert script.main(Told, ["--config", "any"]) == 130
 
 
 READ_EVENTS = """

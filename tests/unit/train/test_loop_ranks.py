@@ -155,6 +155,21 @@ def test_resume_at_another_layout(tmp_path, worlds, capsys):
         assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
 
 
+def test_the_name_of_a_signal_reaches_all_nodes(tmp_path, monkeypatch, capfd):
+    """The launcher of one node was sent SIGTERM; the ranks of the others stop by agreement before they hear of it."""
+
+    class Told(NumpyStepper):
+        def update(self, lr, grad_scale):
+            if self.calls == 5 and self.rank == 1:
+                os.kill(os.getpid(), signal.SIGINT)
+            super().update(lr, grad_scale)
+
+    monkeypatch.setattr(records, "relayed_signal", lambda: signal.SIGTERM)
+    results = train(ranked(3, train__global_batch=6), tmp_path, stepper=Told, main=1)
+    assert [(r.step, r.interrupted_by, r.relayed) for r in results] == [(5, signal.SIGTERM, True)] * 3
+    assert capfd.readouterr().err.count("stopped by SIGTERM after step 5") == 1
+
+
 @pytest.mark.parametrize("hears", [0, 1])
 def test_a_signal_to_one_rank_stops_all(tmp_path, hears, capfd):
     class Interrupted(NumpyStepper):
