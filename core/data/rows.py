@@ -169,8 +169,8 @@ def _document(row: JsonObject, where: str, text_key: str, reading: Reading) -> s
             refuse_other_use(row, where, TEXT, reading.ignore)
         found = f"; keys found: {keys_found(row)}" if text is None else f", found {found_type(text)}"
         other = any(key != text_key and isinstance(value, str) for key, value in row.items())
-        way = "; another field is named by --text-key" if text is None and other else rows_inside(row)
-        raise UserError(f"{where}: expected text in field '{text_key}'{found}{way}")
+        way = "; another field is named by --text-key" if text is None and other else ""
+        raise UserError(f"{where}: expected text in field '{text_key}'{found}{way}{rows_inside(row)}")
     refuse_unread(row, (text_key,), "", where, reading.ignore, HARMLESS, reading.left_out)
     reading.kinds[TEXT] = reading.kinds.get(TEXT, 0) + 1
     return text

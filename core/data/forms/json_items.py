@@ -122,7 +122,11 @@ class Splitter:
 
     def _held(self, under: str) -> Iterator[Item | LongItem]:
         """The elements of the list under a key of the object at which the file begins, and which is all of it."""
+        keys: set[str] = set()
         for key in self.members():
+            if key in keys:
+                raise self.wrong(f"key {shown(key)} appears twice; remove one")
+            keys.add(key)
             if key == under and self.next_byte() == b"[":
                 self.drop(1)
                 yield from self._listed()

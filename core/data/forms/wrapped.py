@@ -18,7 +18,7 @@ from telechat_twins.core.data.kinds.harmless import HARMLESS_OF_FILE
 from telechat_twins.core.data.kinds.table import KINDS, SPEAKERS, is_empty
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.foreign import MAX_LINE, parse_value
-from telechat_twins.core.shown import printable
+from telechat_twins.core.shown import printable, shown
 from telechat_twins.core.types import JsonObject
 
 _BEGIN = 64  # bytes that show whether a file begins with an object
@@ -39,7 +39,11 @@ def rows_under(path: Path, encoding: str = UTF8) -> str | None:
     members, lists = _members(head.removeprefix(codecs.BOM_UTF8), path, whole)
     if not lists or _is_row(members, lists):
         return None
-    if any(not (key in lists or key in HARMLESS_OF_FILE) for key in members):
+    beside = [key for key in members if key not in lists and key not in HARMLESS_OF_FILE]
+    if beside and not whole and [*members][-1] in lists:  # a list that is longer than a row may be
+        under = shown(lists[-1])
+        raise UserError(f"{path}: {shown(beside[0])} beside the rows under {under}; write the rows alone, as a list")
+    if beside:
         return None
     if len(lists) > 1:
         names = " and ".join(f"'{printable(key, 80)}'" for key in lists)
@@ -84,6 +88,8 @@ def _members(head: bytes, path: Path, whole: bool) -> tuple[JsonObject, list[str
     except UserError:  # the object goes on behind ``head``; or it is damaged, which its reader will say
         if whole:
             return {}, []
+        if members and members[key] is None:  # cut off, but with a value
+            members[key] = True
     except ValueError:
         return {}, []
     return {key: value for key, value in members.items() if not is_empty(value)}, lists

@@ -290,10 +290,19 @@ def _marked(use: str, keys: frozenset[str], parts: Parts) -> tuple[Kind, ...]:
 
 def refuse_other_use(row: JsonObject, where: str, use: str, ignore: Collection[str] = ()) -> None:
     """UserError that names the option, where a row is of a kind that is not for ``use``."""
-    given = row.keys() - set(ignore)
+    given = [key for key in row if key not in ignore and not _holds_documents(row[key])]
     others = (kind for kind in KINDS.values() if kind.use != use and kind.name != TRANSCRIPT)
     if other := next((kind for kind in others if kind.marked_by(given)), None):
         raise UserError(f"{where}: {_is_a(other)}; pack {_PLURALS[other.use]} {OPTION[other.use]}")
+
+
+def _holds_documents(value: object) -> bool:
+    """Whether a value is a list of objects that are neither messages nor rows of dialogues, as where a file's rows lie
+    under a key that may also hold turns."""
+    first = value[0] if isinstance(value, list) and value else None
+    if not isinstance(first, dict) or any(name in first for name in SPEAKERS):
+        return False
+    return not any(kind.marked_by(first) for kind in KINDS.values() if kind.use == DIALOGUE and kind.name != TRANSCRIPT)
 
 
 class Slots:

@@ -526,6 +526,7 @@ def test_rows_under_a_key_of_a_large_file(tmp_path: Path, monkeypatch: pytest.Mo
         ('"other": [{"text": "b"}]', r"a.json:\d+: 'other' beside the rows under 'data'; write the rows alone"),
         ('"license" "mit"', "expected a key with a colon"),
         ('"license": "mit" "x": 1', "the value of 'license' is not valid JSON"),
+        (f'"data": {json.dumps(rows[:1])}', "key 'data' appears twice; remove one"),
     ):
         (tmp_path / "a.json").write_text(json.dumps({"data": rows})[:-1] + f", {behind}}}")
         with pytest.raises(UserError, match=says):
@@ -533,6 +534,31 @@ def test_rows_under_a_key_of_a_large_file(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "a.json").write_text(json.dumps({"data": rows}) + "[]")
     with pytest.raises(UserError, match="text behind the object whose 'data' holds the rows"):
         list(read_rows(tmp_path / "a.json"))
+
+
+def test_what_stands_before_the_rows_of_a_large_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The message is about the key beside the rows, and not about a row that is too long."""
+    monkeypatch.setattr(wrapped, "MAX_LINE", 300)
+    (tmp_path / "a.json").write_text(json.dumps({"system": "s", "data": PAIRS * 20}))
+    with pytest.raises(UserError, match=r"a.json: 'system' beside the rows under 'data'; write the rows alone"):
+        list(read_rows(tmp_path / "a.json"))
+    row = {"data": [{"a": 1}], "text": "abc" * 200}  # a long text alone in its file
+    (tmp_path / "a.json").write_text(json.dumps(row))
+    assert [found for _, found in read_rows(tmp_path / "a.json")] == [row]
+
+
+@pytest.mark.parametrize("name", ["a.json", "a.jsonl"])
+def test_documents_under_a_key_are_no_dialogue(name: str, tmp_path: Path) -> None:
+    held: JsonObject = {"data": [{"text": "b"}], "n": 1}
+    for row, says in (
+        (held, "found: data, n; 'data' holds objects: if these are the rows"),
+        ({**held, "title": "t"}, "another field is named by --text-key; 'data' holds objects: if these are the rows"),
+        ({"data": PAIRS, "n": 1}, "pack dialogues with --sft"),
+        ({"data": ["q", "a"]}, "pack dialogues with --sft"),
+    ):
+        (tmp_path / name).write_text(json.dumps(row) + "\n")
+        with pytest.raises(UserError, match=says):
+            list(read_documents(tmp_path / name))
 
 
 def test_several_lists_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
