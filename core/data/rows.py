@@ -15,6 +15,7 @@ from telechat_twins.core.data.forms.formats import CSV, DATASET, JSON, LINES, PA
 from telechat_twins.core.data.forms.json_items import LongItem
 from telechat_twins.core.data.forms.json_rows import UnreadLines, UnreadRow, json_rows, parse_row, row_place
 from telechat_twins.core.data.forms.long_rows import LINES_BYTES, document_rows
+from telechat_twins.core.data.forms.megatron import TokenFile
 from telechat_twins.core.data.forms.streams import UTF8, OnBytes, RowAt
 from telechat_twins.core.data.forms.texts import Block, text_blocks
 from telechat_twins.core.data.forms.wrapped import under_notes
@@ -50,9 +51,12 @@ def read_rows(path: Path, on_bytes: OnBytes | None = None, encoding: str = UTF8)
 
 
 def input_notes(inputs: Sequence[str | Path], rows: bool = False, encoding: str = UTF8) -> list[str]:
-    """What is to be said of inputs before they are read: files that a folder search skips, and files whose rows are
-    those under a key. ``rows``: whether only files of rows are searched for."""
-    return [*skipped_inputs(inputs, rows), *under_notes(find_inputs(inputs, rows), encoding)]
+    """What is to be said of inputs before they are read: files that a folder search skips, files whose rows are those
+    under a key, and token files whose index does not name every id once. ``rows``: whether only files of rows are
+    searched for."""
+    files = find_inputs(inputs, rows)
+    tokens = (TokenFile(file).note for file in files if form_of(file).name == TOKENS)
+    return [*skipped_inputs(inputs, rows), *under_notes(files, encoding), *filter(None, tokens)]
 
 
 def row_files(inputs: Sequence[str | Path], what: str) -> list[Path]:

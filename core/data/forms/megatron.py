@@ -26,7 +26,8 @@ _PART = 1 << 20  # ids that are read at a time
 class TokenFile:
     """One pair of files, mapped into memory; UserError for a pair that is damaged or of another version.
 
-    ``path``: either of the two. ``documents``: how many there are. ``size``: bytes of the ids.
+    ``path``: either of the two. ``documents``: how many there are. ``size``: bytes of the ids. ``note``: what is to be
+    said of them, if anything.
     """
 
     def __init__(self, path: Path):
@@ -80,5 +81,9 @@ class TokenFile:
         ends = self._offsets + self._lengths.astype(np.int64) * self.dtype.itemsize
         ordered = bool(np.all(self._bounds[1:] >= self._bounds[:-1]))
         whole = sequences == 0 or (self._offsets.min() >= 0 and self._lengths.min() >= 0 and int(ends.max()) <= held)
+        whole = whole and not (self._offsets % self.dtype.itemsize).any()  # ids do not begin inside of others
         if not whole or not ordered or int(self._bounds[0]) != 0 or int(self._bounds[-1]) != sequences:
             raise UserError(f"{self.index}: damaged, or not the index of {self.data.name} ({held} bytes)")
+        named = int(self._lengths.sum(dtype=np.int64)) * self.dtype.itemsize
+        # An index of part of the sequences, or of some of them twice, may be meant; so may one of an earlier file.
+        self.note = f"{self.index}: names {named} of the {held} bytes of {self.data.name}" if named != held else None

@@ -367,6 +367,14 @@ def test_token_files_are_taken_as_they_are(tmp_path: Path, capsys: pytest.Captur
     (folder / "a.bin").write_bytes(b"x")
     with pytest.raises(UserError, match=r"a.idx: damaged, or not the index of a.bin \(1 bytes\)"):
         tele_data(folder / "a.idx", "--out", tmp_path / "out2")
+    index = write_megatron(folder / "a.idx", [[[30, 31]], [[32, 2]]], 4, "<i4").read_bytes()
+    with (folder / "a.bin").open("ab") as file:
+        file.write(bytes(8))
+    assert tele_data(folder / "a.idx", "--out", tmp_path / "out3") == 0
+    assert f"note: {folder}/a.idx: names 16 of the 24 bytes of a.bin" in capsys.readouterr().err
+    (folder / "a.idx").write_bytes(index[:50] + b"\x06" + index[51:])  # the second offset, which was 8
+    with pytest.raises(UserError, match=r"a.idx: damaged, or not the index of a.bin \(24 bytes\)"):
+        tele_data(folder / "a.idx", "--out", tmp_path / "out2")
     (folder / "a.idx").write_bytes(b"TNTIDX\x00\x00" + b"0" * 40)
     with pytest.raises(UserError, match="fairseq's older layout"):
         tele_data(folder / "a.idx", "--out", tmp_path / "out2")
