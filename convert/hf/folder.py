@@ -5,12 +5,11 @@ Tensors are read one at a time, when asked for; nothing here ever holds a model 
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +29,7 @@ from telechat_twins.core.types import JsonObject
 
 DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 GENERATION = "generation_config.json"
+_HEAD = "lm_head.weight"
 MAX_SHARD_BYTES = 5 * 10**9  # what transformers writes by default
 
 # transformers and vLLM do not know these model types: they load the class that auto_map names, from a file beside it.
@@ -74,8 +74,8 @@ class HfFolder:
         self.released = load_json(self.path / "config.json", "a model's config")
         config, notes = read_config(self.released, str(self.path / "config.json"))
         ends, said = _generation_ends(self.path / GENERATION, config)
-        self.config = dataclasses.replace(config, end_token_ids=(*config.end_token_ids, *ends))
-        shards = open_shards(self.path)
+        self.config = replace(config, end_token_ids=(*config.end_token_ids, *ends))
+        shards = open_shards(self.path, (_HEAD,) if self.config.tied_embeddings else ())
         self.notes = [*notes, *said, *shards.notes]
         self.indexed, self.files, self._home, self._placed = shards.indexed, shards.files, shards.home, shards.tensors
         prefix = hf_prefix(self.config)
@@ -93,17 +93,23 @@ class HfFolder:
                 )
 
     def _drop_tied_head(self) -> None:
-        """Pass over a head that is stored although it is the embedding; UserError if it is another matrix."""
-        if not self.config.tied_embeddings or "lm_head.weight" not in self._home:
+        """Pass over a head that is stored although it is the embedding, or read that from it where it alone is stored;
+        UserError if they are two matrices."""
+        if not self.config.tied_embeddings or _HEAD not in self._home:
             return
         table = next(name for name, binding in self.bindings.items() if binding.logical == ("embed.weight",))
-        if table in self._home and self.read("lm_head.weight").tobytes() != self.read(table).tobytes():
+        if table not in self._home:
+            named = (replace(b, released=_HEAD) if b.released == table else b for b in self.bindings.values())
+            self.bindings = {binding.released: binding for binding in named}
+            self.notes.append(f"{table} is missing: {_HEAD} is read for it, by tie_word_embeddings")
+            return
+        if self.read(_HEAD).tobytes() != self.read(table).tobytes():
             raise UserError(
                 f"{self.path / 'config.json'}: tie_word_embeddings is true (its default where it is missing), but "
-                f"lm_head.weight is not {table}; set tie_word_embeddings to false"
+                f"{_HEAD} is not {table}; set tie_word_embeddings to false"
             )
-        del self._home["lm_head.weight"]
-        self.notes.append("lm_head.weight is not read: it is the embedding, by tie_word_embeddings")
+        del self._home[_HEAD]
+        self.notes.append(f"{_HEAD} is not read: it is the embedding, by tie_word_embeddings")
 
     def code(self, name: str) -> str:
         """Safetensors name of a released tensor's dtype."""

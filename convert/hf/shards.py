@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from telechat_twins.convert.names import is_derived
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.safetensors import SafetensorsFile, load_json
+from telechat_twins.core.shown import shown
 
 INDEX = "model.safetensors.index.json"
 # weights.safetensors is the name of the golden model folders.
+_LONGEST = 255  # bytes of a file's name
 _SINGLE = ("model.safetensors", "weights.safetensors")
 
 
@@ -30,14 +32,15 @@ class Shards:
         return [name for name in self.files[file].tensors if self.home.get(name) == file]
 
 
-def open_shards(folder: Path) -> Shards:
+def open_shards(folder: Path, repeated: Collection[str] = ()) -> Shards:
     """Open the one file, or those that the index names.
 
     The index decides where a tensor is read: a copy of it in another file is passed over. Buffers that released code
     computes from the config are passed over as well. UserError for a missing file or tensor, and for a tensor that the
-    index does not know.
+    index does not know. ``repeated``: tensors that the model has under another name, so that index and files need not
+    agree on them.
     """
-    shards = _indexed(folder) if (folder / INDEX).is_file() else _single(folder)
+    shards = _indexed(folder, repeated) if (folder / INDEX).is_file() else _single(folder)
     derived = [name for name, file in shards.home.items() if is_derived(name, shards.files[file].tensors[name].shape)]
     for name in derived:
         del shards.home[name]
@@ -52,8 +55,16 @@ def open_shards(folder: Path) -> Shards:
 
 def plain_name(name: str, where: str) -> str:
     """A file name without a path. Only the name is judged: files of a hub cache are links that rightly lead away."""
-    if name in ("", ".", "..") or any(mark in name for mark in "/\\\0"):
-        raise UserError(f"{where}: file {name!r} points outside the folder; only plain file names are read")
+    size = len(name.encode())
+    if not 0 < size <= _LONGEST:
+        raise UserError(f"{where}: file {shown(name)} points outside the folder: a name has 1 to {_LONGEST} bytes")
+    if name in (".", "..") or any(mark in name for mark in "/\\\0"):
+        below = not any(mark in name for mark in "\\\0") and {"", ".."}.isdisjoint(name.split("/"))
+        what = "lies in another folder" if below else "points outside the folder"
+        raise UserError(
+            f"{where}: file {shown(name)} {what}; only plain file names are read: put all files into one folder, and "
+            "name them without a path"
+        )
     return name
 
 
@@ -89,7 +100,7 @@ def _way_out(folder: Path, others: Sequence[str]) -> str:
     )
 
 
-def _indexed(folder: Path) -> Shards:
+def _indexed(folder: Path, repeated: Collection[str]) -> Shards:
     where = folder / INDEX
     weight_map = load_json(where, "a checkpoint index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(f, str) for f in weight_map.values()):
@@ -103,12 +114,12 @@ def _indexed(folder: Path) -> Shards:
     for tensor, name in weight_map.items():
         if tensor in files[name].tensors:
             home[tensor] = name
-        elif not is_derived(tensor):
+        elif not is_derived(tensor) and tensor not in repeated:
             raise UserError(f"{folder / name}: lacks tensor '{tensor}', which {where.name} says it holds")
     copies = []
     for name, file in files.items():
         for tensor, info in file.tensors.items():
-            if tensor not in home and is_derived(tensor, info.shape):
+            if tensor not in home and (is_derived(tensor, info.shape) or tensor in repeated):
                 home[tensor] = name
             elif tensor not in home:
                 raise UserError(f"{folder / name}: holds tensor '{tensor}', which {where.name} does not place there")

@@ -6,6 +6,7 @@ parsing: a file within the limits is read in well under 200 MB of memory.
 
 from __future__ import annotations
 
+import codecs
 import json
 import math
 import os
@@ -83,15 +84,21 @@ def read_text(path: str | Path, limit: int = MAX_JSON, missing: str = "no such f
     try:
         return read_file(path, limit, missing).decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise UserError(f"{path}: is not UTF-8 text (byte {error.start}, line {line}); convert the file") from None
+        raise _not_utf8(path, error) from None
+
+
+def _not_utf8(path: str | Path, error: UnicodeDecodeError) -> UserError:
+    line = error.object.count(b"\n", 0, error.start) + 1
+    return UserError(f"{path}: is not UTF-8 text (byte {error.start}, line {line}); convert the file")
 
 
 def load_json(path: Path, what: str, max_bytes: int = MAX_JSON, max_values: int = MAX_VALUES) -> JsonObject:
     """The JSON object in a file; UserError names a file that is missing, damaged, too large, or has a key twice."""
-    data = read_file(path, max_bytes, f"no such file; it should hold {what}")
+    data = read_file(path, max_bytes, f"no such file; it should hold {what}").removeprefix(codecs.BOM_UTF8)
     try:
         return parse_json(data, max_bytes, max_values)
+    except UnicodeDecodeError as error:
+        raise _not_utf8(path, error) from None
     except ValueError as error:
         raise UserError(f"{path}: damaged, not {what} ({error})") from None
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from telechat_twins.convert.copy import hf_to_canonical, to_hf
+from telechat_twins.convert.copy import canonical_to_hf, hf_to_canonical, to_hf
 from telechat_twins.convert.hf.folder import HfFolder, check_record
 from telechat_twins.convert.hf.shards import INDEX
 from telechat_twins.convert.hf.sums import SUMS
@@ -140,6 +140,69 @@ def test_a_tied_head_that_is_stored_must_be_the_embedding(tmp_path: Path) -> Non
         UserError, match="lm_head.weight is not transformer.wte.weight; set tie_word_embeddings to false"
     ):
         HfFolder(tied(tmp_path / "other", other))
+
+
+def test_an_index_need_not_agree_on_a_tied_head(tmp_path: Path) -> None:
+    """The index may name a head that no file holds, and a file one that the index does not: it is the embedding."""
+    wanted = dict(HfFolder(tied(tmp_path / "one", None)).logical())
+    weights = load_file(tmp_path / "one" / "model.safetensors")
+    for case, indexed, held in (("named", True, False), ("held", False, True)):
+        folder = shutil.copytree(tmp_path / "one", tmp_path / case)
+        (folder / "model.safetensors").unlink()
+        save_file({n: t for n, t in weights.items() if held or n != "lm_head.weight"}, folder / "a.safetensors")
+        places = {name: "a.safetensors" for name in weights if indexed or name != "lm_head.weight"}
+        (folder / INDEX).write_text(json.dumps({"weight_map": places}))
+        found = dict(HfFolder(folder).logical())
+        assert all((found[name] == tensor).all() for name, tensor in wanted.items()) and found.keys() == wanted.keys()
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="holds tensor 'lm_head.weight', which"):
+        HfFolder(folder)
+
+
+def test_an_embedding_that_is_stored_as_the_tied_head(tmp_path: Path) -> None:
+    """As safetensors' own save_model stores it, which keeps the first of two names."""
+    wanted = dict(HfFolder(tied(tmp_path / "both", None)).logical())
+    weights = load_file(tmp_path / "both" / "model.safetensors")
+    del weights["transformer.wte.weight"]
+    folder = shutil.copytree(tmp_path / "both", tmp_path / "head")
+    save_file(weights, folder / "model.safetensors")
+    source = open_model(folder)
+    assert "transformer.wte.weight is missing: lm_head.weight is read for it, by tie_word_embeddings" in source.notes
+    found = dict(source.logical())
+    assert all((found[name] == tensor).all() for name, tensor in wanted.items()) and found.keys() == wanted.keys()
+    assert (source.read("embed.weight", (slice(3, 5), slice(0, 4))) == wanted["embed.weight"][3:5, :4]).all()
+    hf_to_canonical(HfFolder(folder), tmp_path / "c")
+    canonical_to_hf(open_model(tmp_path / "c"), tmp_path / "back")
+    back = load_file(tmp_path / "back" / "model.safetensors")
+    assert (back["transformer.wte.weight"] == wanted["embed.weight"]).all()
+    assert dict(open_model(tmp_path / "back").logical()).keys() == wanted.keys()
+
+
+def test_an_index_is_read_with_a_byte_order_mark_and_refused_in_another_encoding(tmp_path: Path) -> None:
+    folder = release(tmp_path / "hf", shards=2)
+    text = (folder / INDEX).read_text()
+    (folder / INDEX).write_text(text, encoding="utf-8-sig")
+    assert HfFolder(folder).indexed
+    (folder / INDEX).write_text(text, encoding="utf-16")
+    with pytest.raises(UserError, match=r"index.json: is not UTF-8 text \(byte 0, line 1\); convert the file"):
+        HfFolder(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("w/a.safetensors", "lies in another folder; .* into one"),
+        ("a" * 300, "a name has 1 to 255 bytes"),
+    ],
+)
+def test_names_of_files_that_an_index_may_not_give(name: str, says: str, tmp_path: Path) -> None:
+    folder = release(tmp_path / "hf", shards=2)
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"][next(iter(index["weight_map"]))] = name
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(UserError, match=says):
+        HfFolder(folder)
 
 
 def test_generation_settings_say_what_else_ends(tmp_path: Path) -> None:
