@@ -12,7 +12,7 @@ from telechat_twins.convert.hf.config_keys import Key, Switch, choose, chosen, d
 from telechat_twins.convert.hf.config_refused import GATED, Refused, check_refused, check_sizes, unknown_note
 from telechat_twins.convert.hf.config_rotary import SECTIONS, read_position, read_theta, write_theta
 from telechat_twins.convert.hf.config_yarn import FIELDS as YARN_FIELDS
-from telechat_twins.convert.hf.config_yarn import section_of
+from telechat_twins.convert.hf.config_yarn import LENGTH, section_of
 from telechat_twins.convert.places import NTK_THETA_LENGTH, require_place
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig
@@ -283,7 +283,7 @@ def read_config(released: JsonObject, where: str) -> tuple[ModelConfig, list[str
             absent = (_OUTPUT if output is None else _WIDTHS).names[0]
             raise UserError(f"{where}: {absent} is missing; logits are multiplied by it, add it")
         values["logit_mult"] = output / width
-    notes += unknown_note(released, form.names, where)
+    notes += unknown_note(released, [*form.names, LENGTH] if position == "yarn" else form.names, where)
     try:
         return from_mapping(ModelConfig, values, "model"), notes
     except UserError as error:
@@ -340,6 +340,7 @@ def _update(result: JsonObject, original: JsonObject, config: ModelConfig, form:
         write_theta(result, config.rope_theta, form.theta)
     if any(getattr(config, field) != getattr(before, field) for field in (*YARN_FIELDS, "base_seqlen")):
         result.update({**dict.fromkeys(SECTIONS), **_sections(config)} if config.family == "telechat3" else {})
+        result.update({LENGTH: config.base_seqlen} if original.get(LENGTH) is not None else {})
     # Which further tokens end generation is the release's word, in config.json or generation_config.json.
     result.update({k: v for k, v in token_keys(config).items() if getattr(config, k) != getattr(before, k)})
     for name in ("head_dim", "kv_channels"):

@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from telechat_twins.convert.hf.config_keys import agreed, number
-from telechat_twins.convert.hf.config_yarn import SCALES, kind_of, read_yarn
+from telechat_twins.convert.hf.config_yarn import LENGTH, SCALES, kind_of, read_yarn
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
 
 THETA_NAMES = ("rope_theta", "rotary_theta", "rope_base", "rotary_base", "rotary_emb_base", "theta")
@@ -21,7 +22,7 @@ _NEUTRAL: dict[str, tuple[object, ...] | None] = {
     "factor": (1, None),
     "partial_rotary_factor": (1, None),
     "attention_factor": (1, None),
-    "original_max_position_embeddings": None,
+    LENGTH: None,
     "max_position_embeddings": None,
     "finetuned": None,
 }
@@ -40,7 +41,7 @@ def read_theta(released: JsonObject, position: str, where: str) -> float | None:
 
 def read_position(released: JsonObject, where: str) -> JsonObject:
     """Fields of ModelConfig that say how a model of Llama's format rotates, the base aside."""
-    return read_yarn(_sections(released, where), THETA_NAMES, where)
+    return read_yarn(_sections(released, where), THETA_NAMES, released.get(LENGTH), where)
 
 
 def write_theta(released: JsonObject, theta: float, name: str) -> None:
@@ -74,15 +75,15 @@ def _check_section(section: JsonObject, path: str, position: str, where: str) ->
     kind = agreed({f"{path}.{k}": section[k] for k in ("rope_type", "type") if _text(section, k, path, where)}, where)
     harmless = {"default", "linear"} | ({"dynamic"} if position == "ntk" else set())
     if kind is not None and kind not in harmless:
-        _refuse(f"{path} {dict(section)!r}", position, where)
+        _refuse(f"{path} {shown(section)}", position, where)
     for name, value in section.items():
         if name in ("rope_type", "type", *THETA_NAMES):
             continue
         if name not in _NEUTRAL:
-            _refuse(f"{path}.{name} {value!r}", position, where)
+            _refuse(f"{path}.{name} {shown(value)}", position, where)
         neutral = _NEUTRAL[name]
         if neutral is not None and (isinstance(value, bool) or value not in neutral):
-            _refuse(f"{path} {dict(section)!r}", position, where)
+            _refuse(f"{path} {shown(section)}", position, where)
 
 
 def _text(section: JsonObject, name: str, path: str, where: str) -> str | None:
@@ -93,7 +94,10 @@ def _text(section: JsonObject, name: str, path: str, where: str) -> str | None:
 
 
 def _refuse(what: str, position: str, where: str) -> None:
-    reason = "a model of this family rotates plainly at any length, or by the scaling of its own code"
+    reason = (
+        "read are plain rotations, YaRN in Llama's format, and the scalings of the families' own code; a model "
+        "that was trained with another one computes something else without it"
+    )
     if position == "ntk":
-        reason = "TeleChat2's NTK scaling follows training_seqlen and base_seqlen"
-    raise UserError(f"{where}: {what} is not supported; {reason}, remove it to use that")
+        reason = "TeleChat2's NTK scaling follows training_seqlen and base_seqlen, remove it to use that"
+    raise UserError(f"{where}: {what} is not supported; {reason}")

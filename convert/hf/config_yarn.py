@@ -19,10 +19,11 @@ from telechat_twins.core.types import JsonObject
 TELECHAT3, GENERAL = "telechat3-yarn", "yarn"
 SCALES = {TELECHAT3: 0.07, GENERAL: 0.1}  # of ln(factor)
 FIELDS = ("position", "yarn_factor", "yarn_fast", "yarn_slow", "yarn_mscale")
+LENGTH = "original_max_position_embeddings"
 # Entry of a section -> field of ModelConfig.
 _ENTRIES = {
     "factor": "yarn_factor",
-    "original_max_position_embeddings": "base_seqlen",
+    LENGTH: "base_seqlen",
     "beta_fast": "yarn_fast",
     "beta_slow": "yarn_slow",
 }
@@ -39,19 +40,26 @@ _NEUTRAL: dict[str, tuple[object, ...]] = {
 
 def kind_of(section: Mapping[str, object]) -> str | None:
     """The type of a section under either name; None where it has none that is a text."""
-    kind = section.get("rope_type", section.get("type"))
+    kind = section.get("type") if section.get("rope_type") is None else section["rope_type"]
     return kind if isinstance(kind, str) else None
 
 
-def read_yarn(sections: Iterable[tuple[str, JsonObject]], theta_names: Iterable[str], where: str) -> JsonObject:
+def read_yarn(
+    sections: Iterable[tuple[str, JsonObject]], theta_names: Iterable[str], length: object, where: str
+) -> JsonObject:
     """Fields of ModelConfig from the sections of a config.json, each with its path; ``position`` rope without any.
 
+    ``length``: what stands under the name of the original length outside of them, where transformers 5 looks first.
     UserError for an entry that would change the arithmetic and has no field, and for sections that contradict.
     """
-    found = [_read_section(section, path, set(theta_names), where) for path, section in sections if len(section)]
+    found = {path: _read_section(section, path, set(theta_names), where) for path, section in sections if len(section)}
     values: JsonObject = {}
-    for name in dict.fromkeys(name for one in found for name in one):
-        values[name] = agreed({f"rotary section {n}: {name}": one.get(name) for n, one in enumerate(found)}, where)
+    for name in dict.fromkeys(name for one in found.values() for name in one):
+        values[name] = agreed({f"{path}: {name}": one.get(name) for path, one in found.items()}, where)
+    if "base_seqlen" in values and length is not None:
+        agreed(
+            {LENGTH: number(length, int, LENGTH, where), f"{next(iter(found))}.{LENGTH}": values["base_seqlen"]}, where
+        )
     return values or {"position": "rope"}
 
 
@@ -59,7 +67,7 @@ def _read_section(section: JsonObject, path: str, theta_names: set[str], where: 
     kind = kind_of(section)
     if kind not in SCALES:
         return {"position": "rope"}  # checked with the rotary base
-    if section.get("type", kind) != kind:
+    if section.get("type") not in (kind, None):
         raise UserError(f"{where}: {path}: rope_type {kind} and type {shown(section['type'])} contradict each other")
     values: JsonObject = {"position": "yarn"}
     for name, field in _ENTRIES.items():

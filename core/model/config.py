@@ -28,6 +28,7 @@ MAX_PRESETS = 8  # files that refer to one another
 
 
 _YARN = ("yarn_factor", "yarn_fast", "yarn_slow", "yarn_mscale")
+_THETAS = (1e-30, 1e30)  # with room for the growth of NTK scaling up to float32's limit of 3e38
 PRECISIONS = ("fp32", "bf16", "amp", "fp16", "fp64")
 
 
@@ -123,6 +124,11 @@ class ModelConfig:
             raise UserError(
                 f"model.num_heads: head size {self.head_dim} (= {self.hidden_size} / {self.num_heads}) is odd; "
                 "rotary positions need an even head size"
+            )
+        if not _THETAS[0] <= self.rope_theta <= _THETAS[1]:
+            raise UserError(
+                f"model.rope_theta: {self.rope_theta:g} is not between {_THETAS[0]:g} and {_THETAS[1]:g}; beyond them "
+                "float32 does not hold the rotary tables"
             )
         if self.position == "yarn" and self.rope_theta <= 1.0:
             raise UserError(f"model.rope_theta: {self.rope_theta:g} must be above 1 for position yarn")

@@ -100,6 +100,12 @@ REFUSED: dict[str, tuple[JsonObject, str]] = {
     "text": ({"rope_parameters": {"rope_theta": "500000"}}, "rope_parameters.rope_theta should be a number"),
     "zero": ({"rope_parameters": {"rope_theta": 0}}, "rope_parameters.rope_theta must be above 0"),
     "infinite": ({"rope_theta": float("inf")}, "rope_theta is inf"),
+    "too large": ({"rope_theta": 1e39}, r"rope_theta: 1e\+39 is not between 1e-30 and 1e\+30; beyond them float32"),
+    "too small": ({"rope_parameters": {"rope_theta": 1e-300}}, "rope_theta: 1e-300 is not between"),
+    "a long scaling": ({"rope_scaling": {"type": "longrope", "long_factor": [1.5] * 999}}, r"^.{,500}$"),
+    "no way out that computes something else": (
+        {"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "a model that was trained with another one computes"
+    ),
     "a list": ({"rope_parameters": [HALF]}, "rope_parameters should be a mapping"),
     "a number for a type": ({"rope_parameters": {"rope_type": 3}}, "rope_type should be text, found 3"),
     "part at the top": ({"partial_rotary_factor": 0.25}, "partial_rotary_factor is 0.25"),

@@ -115,6 +115,36 @@ def test_sections_and_biases_that_contradict_are_refused() -> None:
         read(attention_bias=True)
 
 
+def test_contradicting_sections_are_named() -> None:
+    layers = {"full_attention": {**YARN, "rope_theta": 1e6}, "sliding_attention": {"rope_type": "default"}}
+    with pytest.raises(
+        UserError,
+        match=r"rope_parameters.full_attention: position yarn and rope_parameters.sliding_attention: position",
+    ):
+        read(rope_scaling=..., rope_parameters=layers)
+    with pytest.raises(UserError, match=r"rope_parameters: yarn_factor 8.0 and rope_scaling: yarn_factor 4.0 contra"):
+        read(rope_parameters={**SECTION, "factor": 8.0, "rope_theta": 1e6})
+
+
+def test_a_type_that_is_null_is_none() -> None:
+    for null, given in (("rope_type", "type"), ("type", "rope_type")):
+        config = read(rope_scaling={**YARN, "rope_type": None, given: "yarn", null: None})[0]
+        assert config == read(rope_scaling=YARN)[0] and config.position == "yarn"
+
+
+def test_the_original_length_outside_of_the_section() -> None:
+    """transformers 5 lets it replace the section's."""
+    config, notes = read(original_max_position_embeddings=8192)
+    assert (config, notes) == read()
+    with pytest.raises(UserError, match=r"gs 4096 and rope_scaling.original_max_position_embeddings 8192 contradict"):
+        read(original_max_position_embeddings=4096)
+    with pytest.raises(UserError, match="original_max_position_embeddings should be a whole number"):
+        read(original_max_position_embeddings="8192")
+    original = {**RELEASED, "original_max_position_embeddings": 8192}
+    changed = replace(config, base_seqlen=4096)
+    assert read_config(write_config(changed, original, None), "x")[0] == changed
+
+
 def test_a_changed_stretch_is_written_for_every_reader() -> None:
     changed = replace(read()[0], yarn_factor=8.0, max_seqlen=65536, training_seqlen=65536)
     assert read_config(write_config(changed, RELEASED, None), "x")[0] == changed
