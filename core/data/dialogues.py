@@ -98,7 +98,7 @@ def _repeated(kinds: tuple[Kind, ...], row: JsonObject, where: str, reading: Rea
 def _parsed(kind_found: Kind, row: JsonObject, where: str, reading: Reading) -> Dialogue:
     slots = slots_of(kind_found, row, where, reading, repeated=True)
     kind = slots.kind.name
-    name = next((slots.name(slot) for slot in ("messages", "history") if slot in slots), kind)
+    name = next((slots.name(slot) for slot in ("messages", "history") if slot in slots.kind.slots), kind)
     system = system_of(slots)
     pair, messages = _READERS[kind](slots, reading)
     system, messages = with_system(messages, system, name, where)
@@ -108,11 +108,10 @@ def _parsed(kind_found: Kind, row: JsonObject, where: str, reading: Reading) -> 
     called = any(map(has_tools, messages))
     tool = flag(row, "tool", bool(tools) or called, where)
     reading.without_system += system is None
-    refuse_untold(slots, messages, reading)
+    refuse_untold(slots, [system, *(message["content"] for message in messages)], reading)
     tags = tool if kind == RELEASED else flag(row, "tool", False, where)
     refuse_written_tags(messages, tags, bool(tools) or called, where)
-    reading.notice_empty(messages, where)
-    reading.notice_slips(messages, where)
+    reading.notice_slips(messages, tags, where)
     reading.unanswered += not any(m["role"] in ANSWERS and m.get("weight", 1) for m in messages)
     return Dialogue(
         where,
@@ -145,6 +144,12 @@ def tools_of(slots: Slots) -> list[object] | None:
 def slot_text(slots: Slots, slot: str) -> str:
     """A slot that must hold text, which may be empty."""
     found = slots.value(slot)
+    if isinstance(found, list) and found and isinstance(found[0], dict):
+        part = "completion" if slot == "answer" else "prompt"
+        raise UserError(
+            f"{slots.where}: '{slots.name(slot)}' is a list of objects; if these are messages, read it as such with "
+            f"--column {part}={slots.name(slot)}"
+        )
     if isinstance(found, list) and len(found) > 1 and all(isinstance(one, str) for one in found):
         raise UserError(
             f"{slots.where}: '{slots.name(slot)}' is a list of {len(found)} texts, which may be alternatives; choose "
@@ -249,7 +254,7 @@ def _completion(slots: Slots, reading: Reading) -> _Read:
 
 def prompt_messages(slots: Slots, reading: Reading) -> list[JsonObject]:
     """A slot "prompt" as messages: a user's text, or messages, of which the assistant's are context."""
-    name, prompt = slots.name("prompt"), json_or_text(slots.value("prompt"))
+    name, prompt = slots.name("prompt"), json_or_text(slots.value("prompt"), slots.name("prompt"), slots.where)
     if not is_messages(prompt):
         return [{"role": "user", "content": text(prompt, name, slots.where)}]
     messages = read_messages(as_messages(prompt, name, slots.where), name, slots.where, reading)
@@ -258,7 +263,7 @@ def prompt_messages(slots: Slots, reading: Reading) -> list[JsonObject]:
 
 def answer_messages(slots: Slots, slot: str, reading: Reading) -> list[JsonObject]:
     """An answer as messages: the assistant's text, or one message, or several."""
-    name, answer = slots.name(slot), json_or_text(slots.value(slot))
+    name, answer = slots.name(slot), json_or_text(slots.value(slot), slots.name(slot), slots.where)
     if is_messages(answer):
         return read_messages(as_messages(answer, name, slots.where), name, slots.where, reading)
     return [{"role": "assistant", "content": text(answer, name, slots.where)}]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+import shlex
 from collections.abc import Collection
 
 from telechat_twins.core.data.kinds.harmless import harmless as is_harmless
@@ -52,14 +54,43 @@ def json_list(value: object, name: str, where: str) -> list[object]:
     return listed(value, name, where)
 
 
-def json_or_text(value: object) -> object:
-    """The list or object whose JSON a text is, if it is one that begins so; else the value itself."""
-    if isinstance(value, str) and value.lstrip().startswith(("[{", "[ {", "[\n", '{"role"', '{"from"', '{"messages"')):
-        try:
-            return parse_value(value.encode())
-        except ValueError:
+_SPOKEN = (("role", "content"), ("from", "value"))  # keys of a message
+_KEY = re.compile(r"""["'](role|from|content|value)["']\s*:""")
+_WRITTEN = re.compile(r"""\s*\[?\s*\{\s*["'](?:role|from|content|value)["']\s*:\s*["']""")
+
+
+def written_messages(said: str) -> bool:
+    """Whether a text is a message or a list of them as JSON, or Python, or numpy, writes it."""
+    if not _WRITTEN.match(said) or said.rstrip()[-1:] not in ("}", "]"):
+        return False
+    keys = set(_KEY.findall(said))
+    return any(keys.issuperset(pair) for pair in _SPOKEN)
+
+
+def json_or_text(value: object, name: str, where: str) -> object:
+    """The messages whose JSON a text is (as in cells of tables), or OpenAI's object of messages; else the value itself.
+
+    UserError for messages as Python writes them, which would be learnt in their brackets and quotes.
+    """
+    if not isinstance(value, str) or value.lstrip()[:1] not in ("[", "{"):
+        return value
+    try:
+        parsed = parse_value(value.encode())
+    except ValueError:
+        if not written_messages(value):
             return value
-    return value
+        raise UserError(
+            f"{where}: '{name}' is the text of messages as Python writes them, and not JSON; store messages, or their "
+            "JSON text"
+        ) from None
+    if isinstance(parsed, dict) and isinstance(parsed.get("messages"), list):
+        return parsed
+    members = parsed if isinstance(parsed, list) else [parsed]
+    return parsed if any(_is_message(one) for one in members) else value
+
+
+def _is_message(value: object) -> bool:
+    return isinstance(value, dict) and any(isinstance(value.get(who), str) and said in value for who, said in _SPOKEN)
 
 
 def _parsed(value: str, name: str, where: str) -> object:
@@ -111,7 +142,7 @@ def _unread(keys: list[str], name: str, where: str) -> UserError:
     several = len(keys) > 1
     what = "keys" if several else "key"
     verb, content, them = ("are", "their", "them") if several else ("is", "its", "it")
-    options = " ".join(f"--ignore-key {key}" for key in keys)
+    options = " ".join(f"--ignore-key {shlex.quote(key)}" for key in keys)
     return UserError(
         f"{where}: {what} {places} {verb} not read, so {content} content would be lost; remove {them}, or leave {them} "
         f"out with {options}"

@@ -51,7 +51,9 @@ HARMLESS_OF_MESSAGE = frozenset(_OF_MESSAGE.split())
 
 
 def harmless(key: str, value: object, names: Collection[str]) -> bool:
-    """Whether a key is one of ``names``, or a label that is a set of categories and no verdict."""
+    """Whether a key is one of ``names``, a label that is a set of categories and no verdict, or a table's index."""
+    if key == "":  # the column without a name that pandas writes
+        return isinstance(value, int) or (isinstance(value, str) and value.isdecimal())
     if key in ("turns", "items"):  # how many there are
         return isinstance(value, int) and names is HARMLESS_OF_SAMPLES
     return key in names or (key == "label" and isinstance(value, (dict, list)) and names is HARMLESS_OF_SAMPLES)

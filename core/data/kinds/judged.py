@@ -72,12 +72,12 @@ def _refuse_answer(slots: Slots, unread: Sequence[str]) -> None:
             )
 
 
-def refuse_untold(slots: Slots, messages: Sequence[JsonObject], reading: Reading) -> None:
-    """UserError for a text of the row beside its ``messages`` that none of them says; one that does is left out."""
+def refuse_untold(slots: Slots, texts: Sequence[object], reading: Reading) -> None:
+    """UserError for a text of the row beside its messages that none of their ``texts`` is; one that is is left out."""
     repeating = _repeating(slots, reading)
     if not repeating:
         return
-    said = {content.strip() for message in messages if isinstance(content := message["content"], str)}
+    said = {content.strip() for content in texts if isinstance(content, str)}
     told = {key for key in repeating if slots.row[key].strip() in said}
     untold = {key: slots.row[key] for key in repeating if key not in told}
     _refuse_answer(slots, [*untold])

@@ -7,7 +7,6 @@ the object that the server renders. An assistant's message with weight 0 is cont
 from __future__ import annotations
 
 import contextlib
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -15,6 +14,7 @@ from telechat_twins.core.data.chat_template import json_text, tool_arguments
 from telechat_twins.core.data.kinds.columns import NO_COLUMNS, Columns
 from telechat_twins.core.data.kinds.fields import json_list, json_value, listed, refuse_ignored, refuse_unread, text
 from telechat_twins.core.data.kinds.harmless import HARMLESS_OF_MESSAGE
+from telechat_twins.core.data.kinds.slips import empty_turns, slips
 from telechat_twins.core.data.kinds.table import is_empty
 from telechat_twins.core.data.kinds.turns import JOINS, whole_turns
 from telechat_twins.core.errors import UserError
@@ -36,10 +36,11 @@ ROLES: dict[str, str] = {
 ANSWERS = ("assistant", "bot")
 REASONING = ("refuse", "think", "leave-out")
 
-_SPEAKER = re.compile(r"\s*(Human|User|USER|Assistant|ASSISTANT|\u7528\u6237|\u52a9\u624b|\u95ee|\u7b54)[:\uff1a]")
 _WEIGHTS = ("weight", "loss", "train", "training")
 _REASONS = ("reasoning_content", "reasoning", "thinking")
 _OF_ANSWER = ("tool_calls", "function_call", *_WEIGHTS, *_REASONS)
+# Values that say whether a model is to reason, as data sets have them under the names of reasoning.
+_SWITCHES = frozenset(("on", "off", "enabled", "disabled", "auto", "none", "low", "medium", "high"))
 _PART_TEXTS = {"text": "text", "input_text": "text", "output_text": "text"}
 _PART_REASONS = ("thinking", "reasoning")  # types of parts that hold reasoning, and their keys for it beside "text"
 _ARGUMENTS = ("arguments", "args", "parameters", "input")  # OpenAI's name; LangChain's, Llama 3's, Anthropic's
@@ -91,25 +92,10 @@ class Reading:
         self.context += later.context
         self.unanswered += later.unanswered
 
-    def notice_empty(self, messages: Sequence[JsonObject], where: str) -> None:
-        """Count questions without text, and answers without text and calls."""
-        for message in messages:
-            if (message["content"] or "").strip() or message.get("tool_calls"):
-                continue
-            if message["role"] == "user":
-                self.notice("questions hold no text", where)
-            elif message["role"] in ANSWERS:
-                self.notice("answers hold no text, and teach a model to say nothing", where)
-
-    def notice_slips(self, messages: Sequence[JsonObject], where: str) -> None:
-        """Count dialogues in whose texts speakers are named once more, and those that begin with an answer."""
-        spoken = [m["content"] for m in messages if m["role"] in ("user", *ANSWERS) and m["content"]]
-        if any(_SPEAKER.match(said) for said in spoken):
-            self.notice(
-                "dialogues hold texts that begin with a speaker (Human:, \u95ee\uff1a), which is learnt too", where
-            )
-        if messages[0]["role"] in ANSWERS:
-            self.notice("dialogues begin with an answer, which no question stands before", where)
+    def notice_slips(self, messages: Sequence[JsonObject], tags: bool, where: str) -> None:
+        """Count what a dialogue holds that is read as it stands, though hardly meant."""
+        for what in (*empty_turns(messages), *slips(messages, tags)):
+            self.notice(what, where)
 
 
 def unused(reading: Reading) -> Reading:
@@ -344,6 +330,11 @@ def _parts_apart(content: object, words: str, name: str, where: str) -> JsonObje
 def _thought(value: object, name: str, content: str | None, where: str, reading: Reading) -> JsonObject:
     if reading.reasoning == "leave-out":
         return {}
+    if isinstance(value, bool) or (isinstance(value, str) and value.strip().lower() in _SWITCHES):
+        raise UserError(
+            f"{where}: '{name}' is {shown(value)}, which says whether to reason and is no reasoning; leave it out with "
+            "--reasoning leave-out"
+        )
     if reading.reasoning == "refuse":
         raise UserError(
             f"{where}: '{name}' has no place in the chat layout; train on it in front of the answer with "
@@ -352,6 +343,11 @@ def _thought(value: object, name: str, content: str | None, where: str, reading:
     thought = text(value, name, where).strip("\n")
     if "</think>" in thought:
         raise UserError(f"{where}: '{name}' holds </think>, which ends it; take it out")
+    if (content or "").lstrip().startswith("<think>"):
+        raise UserError(
+            f"{where}: '{name}' stands beside an answer that begins with <think> itself; leave one of them out, e.g. "
+            "with --reasoning leave-out, which keeps the answer as it is"
+        )
     return {"content": f"<think>\n{thought}\n</think>\n\n{content or ''}", "thought": True}
 
 

@@ -20,6 +20,7 @@ from telechat_twins.core.data.dialogues import (
 from telechat_twins.core.data.kinds.fields import json_or_text, refuse_unread, text
 from telechat_twins.core.data.kinds.judged import read_slots
 from telechat_twins.core.data.kinds.messages import ANSWERS, Reading, read_messages, read_tools, with_system
+from telechat_twins.core.data.kinds.slips import empty_turns, slips
 from telechat_twins.core.data.kinds.table import KINDS, PREFERENCE, Slots
 from telechat_twins.core.data.kinds.transcripts import HUMAN_PARAGRAPHS, transcript
 from telechat_twins.core.data.kinds.turns import has_tools, refuse_written_tags
@@ -72,11 +73,13 @@ def parse_preference(row: JsonObject, where: str, reading: Reading) -> Pair:
     reading.without_system += system is None
     told = [*prompt, *chosen, *rejected]
     for part in (prompt, chosen, rejected):
-        reading.notice_empty(part, where)
         refuse_written_tags(part, None, bool(tools) or any(has_tools(one) for one in told), where)
     sides = [
         Dialogue(where, [*prompt, *answer], system, tools, multiturn=len(prompt) > 1) for answer in (chosen, rejected)
     ]
+    empty = [what for part in (prompt, chosen, rejected) for what in empty_turns(part)]
+    for what in (*empty, *dict.fromkeys(what for side in sides for what in slips(side.messages, False))):
+        reading.notice(what, where)
     return Pair(where, *sides)
 
 
@@ -122,7 +125,7 @@ def _judged(slots: Slots) -> Slots:
 
 def _prompt(slots: Slots, reading: Reading) -> tuple[list[JsonObject], list[object] | None]:
     """(the prompt's messages, empty where the answers hold it; the tools)."""
-    tools, given = tools_of(slots), json_or_text(slots.value("input"))
+    tools, given = tools_of(slots), json_or_text(slots.value("input"), slots.name("input"), slots.where)
     if "prompt" not in slots and isinstance(given, dict):
         name = slots.name("input")
         refuse_unread(given, _OBJECT, name, slots.where, reading.ignore)
@@ -167,12 +170,20 @@ def _split(
         )
     if not before:
         return prompt, chosen, rejected
-    if prompt and _said(prompt) not in (_said(before), _said(before)[-len(prompt) :]):
+    if prompt and not _holds(before, prompt):
         raise UserError(
             f"{slots.where}: '{slots.name('prompt')}' is not the prompt that '{slots.name('chosen')}' begins with; "
             f"leave it out with --ignore-key {slots.name('prompt')} if the answers' own is right"
         )
     return _as_context(before), chosen, rejected
+
+
+def _holds(messages: list[JsonObject], prompt: list[JsonObject]) -> bool:
+    """Whether a prompt stands among ``messages``, in its order; a text may be the system's."""
+    if len(prompt) == 1 and messages[0] == {**prompt[0], "role": "system"}:
+        return True
+    said, wanted = _said(messages), _said(prompt)
+    return any(said[n : n + len(wanted)] == wanted for n in range(len(said)))
 
 
 def _said(messages: list[JsonObject]) -> list[tuple[object, ...]]:

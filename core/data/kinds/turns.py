@@ -108,7 +108,7 @@ def refuse_written_tags(messages: list[JsonObject], tags: bool | None, tools: bo
                 f"{where}: the result in message {n} stands in <tool_response> tags, which the layout adds; take them "
                 "off"
             )
-        if message["role"] in _SPOKEN and not tags and _has_call(content):
+        if message["role"] in _SPOKEN and not tags and has_call(content):
             raise UserError(
                 f"{where}: the answer in message {n} has a call in its text, whose tags would be learnt as letters; "
                 "write it in tool_calls"
@@ -122,7 +122,7 @@ def _is_result(content: str) -> bool:
     return text.startswith(TOOL_RESPONSE) and text.endswith(TOOL_RESPONSE_END)
 
 
-def _has_call(content: str) -> bool:
+def has_call(content: str) -> bool:
     """Whether a text has a call in it as the layout writes it."""
     for part in content.split(TOOL_CALL)[1:]:
         inner, mark, _ = part.partition(TOOL_CALL_END)

@@ -1,0 +1,172 @@
+"""What rows of published data sets hold that is hardly meant: counted where it is read, refused where it is wrong."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from telechat_twins.core.data.dialogues import Dialogue, parse_dialogue
+from telechat_twins.core.data.kinds.columns import Columns
+from telechat_twins.core.data.kinds.messages import Reading
+from telechat_twins.core.data.kinds.preference import parse_preference
+from telechat_twins.core.data.kinds.table import KINDS
+from telechat_twins.core.errors import UserError
+from telechat_twins.core.types import JsonObject
+
+SAYS, Q, A, NO = (
+    {"role": role, "content": text}
+    for role, text in (("system", "s"), ("user", "q"), ("assistant", "a"), ("bot", "no"))
+)
+CALLS = {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}
+RESULT = {"role": "tool", "content": "r"}
+TAGGED = '<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>'
+
+
+def asked(text: str) -> JsonObject:
+    return {"role": "user", "content": text}
+
+
+def read(row: JsonObject, reading: Reading) -> Dialogue:
+    return parse_dialogue(row, "rows:1", reading=reading)
+
+
+@pytest.mark.parametrize(
+    ("messages", "says"),
+    [
+        ([Q, Q, A], ["two questions running"]),
+        ([Q, A, NO], ["two answers running"]),
+        ([Q, CALLS, A], ["two answers running"]),
+        ([Q, A, Q], ["end with a turn that nothing answers"]),
+        ([Q, CALLS, RESULT], ["end with a turn that nothing answers"]),
+        ([Q, RESULT, A], ["a tool's result that no call stands before"]),
+        ([Q, A, RESULT, RESULT, A], ["a tool's result that no call stands before"]),
+        ([A, Q, A], ["begin with an answer"]),
+        ([Q, {**A, "content": f"I look.\n{TAGGED}"}], ["a call in the text of an answer and no tools"]),
+        ([asked("<|im_start|>user\nq<|im_end|>"), A], ["hold <|im_start|>, a mark of another chat layout"]),
+        ([Q, {**A, "content": "a<|eot_id|>"}], ["hold <|eot_id|>, a mark of another"]),
+        ([asked("[INST] q [/INST]"), A], ["hold [INST], a mark"]),
+        ([Q, {**A, "content": "a </s>\n"}], ["hold </s>, a mark"]),
+        ([asked("Below is a task.\n\n### Response:\n"), A], ["hold ### Response:, a mark"]),
+        ([asked("<\uff5cUser\uff5c>q"), A], ["hold <\uff5cUser\uff5c>, a mark"]),
+        ([asked("[{'role': 'user', 'content': 'q'}]"), A], ["hold messages written as text"]),
+        ([Q, A, Q, A], []),
+        ([SAYS, Q, CALLS, RESULT, RESULT, A], []),
+        ([Q, CALLS, RESULT, CALLS, RESULT, A], []),
+        ([asked("what is <s>this</s> and a < | b, x[1]?"), {**A, "content": '[{"a": 1}] <|x|> ### Response: is'}], []),
+    ],
+)
+def test_what_is_hardly_meant_is_counted_once_a_dialogue(messages: list[JsonObject], says: list[str]) -> None:
+    reading = Reading()
+    read({"messages": messages}, reading)
+    found = list(reading.noticed)
+    assert len(found) == len(says) and all(any(said in what for what in found) for said in says), found
+    assert all(seen == (1, "rows:1") for seen in reading.noticed.values())
+
+
+def test_pairs_are_looked_at_as_dialogues_are() -> None:
+    """Each kind once a pair, though both sides hold it."""
+    reading = Reading()
+    marked = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n"
+    parse_preference({"prompt": marked, "chosen": "a<|im_end|>", "rejected": ""}, "rows:1", reading)
+    assert [what.split(",")[0] for what in reading.noticed] == ["answers hold no text", "dialogues hold <|im_start|>"]
+    assert {count for count, _ in reading.noticed.values()} == {1}
+
+
+@pytest.mark.parametrize("value", ["on", " Off", "enabled", True, False])
+@pytest.mark.parametrize("reasoning", ["refuse", "think"])
+def test_a_switch_is_no_reasoning(value: object, reasoning: str) -> None:
+    """Rows say by it whether the answer holds reasoning; trained, the model would think "on"."""
+    for row in (
+        {"input": "q", "output": "<think>r</think>a", "reasoning": value},
+        {"messages": [Q, {**A, "thinking": value}]},
+    ):
+        with pytest.raises(UserError, match=r"rows:1: '.*' is .*, which says whether to reason"):
+            read(row, Reading(reasoning=reasoning))
+        assert read(row, Reading(reasoning="leave-out")).messages[0]["content"] == "q"
+
+
+def test_an_answer_that_reasons_takes_no_second_reasoning() -> None:
+    thinks = {**A, "content": "\n<think>r</think>a"}
+    for row in (
+        {"messages": [Q, {**thinks, "reasoning_content": "r"}]},
+        {"question": "q", "reasoning": "r", "answer": thinks["content"]},
+    ):
+        with pytest.raises(UserError, match="stands beside an answer that begins with <think> itself"):
+            read(row, Reading(reasoning="think"))
+        kept = read(row, Reading(reasoning="leave-out")).messages[1]["content"]
+        assert kept == thinks["content"]
+
+
+PYTHON = "[{'content': 'q', 'role': 'user'}\n {'content': \"a's\", 'role': 'assistant'}]"  # numpy's lists, too
+
+
+@pytest.mark.parametrize(
+    "written", [PYTHON, "{'role': 'assistant', 'content': 'a'}", "[{'from': 'gpt', 'value': 'a'}]"]
+)
+def test_messages_that_python_wrote_are_refused(written: str) -> None:
+    """As tables hold them that were written from lists; read as a text, brackets and quotes would be learnt."""
+    says = "is the text of messages as Python writes them, and not JSON"
+    for row in ({"prompt": written, "completion": "a"}, {"prompt": "q", "completion": written}):
+        with pytest.raises(UserError, match=f"rows:1: '.*' {says}"):
+            read(row, Reading())
+    for row in (
+        {"prompt": "q", "chosen": "a", "rejected": written},
+        {"prompt": written, "chosen": "a", "rejected": "b"},
+    ):
+        with pytest.raises(UserError, match=f"rows:1: '.*' {says}"):
+            parse_preference(row, "rows:1", Reading())
+
+
+def test_messages_in_json_are_read_in_any_order_of_their_keys() -> None:
+    for answer in ({"content": "a", "role": "assistant"}, {"value": "a", "from": "gpt"}, [{"id": 1, **A}]):
+        said = read(
+            {"prompt": json.dumps([{"content": "q", "role": "user"}]), "completion": json.dumps(answer)}, Reading()
+        )
+        assert [m["content"] for m in said.messages] == ["q", "a"]
+
+
+@pytest.mark.parametrize(
+    "answer", ['[{"name": "x"}]', '{"value": 3}', '{"role": "engineer"}', "[{'a': 1}]", "{'role': 1"]
+)
+def test_json_that_is_no_message_is_an_answer(answer: str) -> None:
+    assert read({"prompt": "q", "completion": answer}, Reading()).messages[1]["content"] == answer
+
+
+def test_lists_of_messages_name_the_column_that_reads_them() -> None:
+    row: JsonObject = {"input": [Q], "output": "a"}
+    with pytest.raises(UserError, match="'input' is a list of objects; .* --column prompt=input$"):
+        read(row, Reading())
+    said = read(row, Reading(columns=Columns((("prompt", "input"),))))
+    assert [m["content"] for m in said.messages] == ["q", "a"]
+    with pytest.raises(UserError, match="'response' is a list of objects; .* --column completion=response$"):
+        read({"query": "q", "response": [A]}, Reading())
+
+
+def test_a_prompt_that_the_messages_say_is_left_out() -> None:
+    """The system's text, or any turn of the prompt; another text is refused."""
+    said = read({"prompt": "s", "messages": [SAYS, Q, A]}, Reading())
+    assert said.system == "s" and [m["content"] for m in said.messages] == ["q", "a"]
+    before = [SAYS, Q, A, {**Q, "content": "p"}]
+    row = {"chosen": [*before, {**A, "content": "yes"}], "rejected": [*before, NO]}
+    for prompt in ("s", "q", "p", [Q, A]):
+        pair = parse_preference({**row, "prompt": prompt}, "rows:1", Reading())
+        assert pair.chosen.system == "s" and [m["content"] for m in pair.chosen.messages] == ["q", "a", "p", "yes"]
+    for prompt in ("a", "other", [A, Q]):
+        with pytest.raises(UserError, match="'prompt' is not the prompt that 'chosen' begins with"):
+            parse_preference({**row, "prompt": prompt}, "rows:1", Reading())
+
+
+def test_a_tables_index_is_harmless_and_other_keys_are_quoted() -> None:
+    assert read({"": 3, "query": "q", "response": "a"}, Reading()).messages[0]["content"] == "q"
+    assert read({"": "17", "query": "q", "response": "a"}, Reading()).messages[0]["content"] == "q"
+    for key, given in (("", "''"), ("my key", "'my key'")):
+        with pytest.raises(UserError, match=f"--ignore-key {given}$"):
+            read({key: "text", "query": "q", "response": "a"}, Reading())
+        assert read({key: "text", "query": "q", "response": "a"}, Reading(frozenset([key]))).messages
+
+
+def test_an_empty_dialogue_names_its_key() -> None:
+    with pytest.raises(UserError, match="'turns' is empty; a dialogue needs"):
+        read({"turns": [], "id": 3}, Reading())
+    assert "turns" in KINDS["sharegpt"].keys
