@@ -12,8 +12,8 @@ from telechat_twins.core.files.safetensors import SafetensorsFile, load_json
 from telechat_twins.core.shown import shown
 
 INDEX = "model.safetensors.index.json"
-# weights.safetensors is the name of the golden model folders.
 _LONGEST = 255  # bytes of a file's name
+# weights.safetensors is the name of the golden model folders.
 _SINGLE = ("model.safetensors", "weights.safetensors")
 
 
