@@ -9,6 +9,7 @@ continues with the prompts that it does not name.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -196,13 +197,21 @@ class Journal:
                 _append(file, "")
 
     def commit(self, record: Record, row: JsonObject | None, pair: JsonObject | None) -> None:
-        """Append a prompt's rows and then its record. UserError when a file cannot be written."""
-        sizes = [
-            _append(file, "" if value is None else json.dumps(value, ensure_ascii=False, default=str) + "\n")
-            for file, value in zip(self.files, (row, pair), strict=False)
-        ]
-        record = dataclasses.replace(record, out_bytes=sizes[0], pairs_bytes=sizes[1] if len(sizes) > 1 else 0)
-        _append(self.path, json.dumps(dataclasses.asdict(record)) + "\n")
+        """Append a prompt's rows and then its record. UserError when a file cannot be written; the files then end with
+        the prompt before, so that they can be read as they are."""
+        before = {file: file.stat().st_size for file in (*self.files, self.path)}
+        try:
+            sizes = [
+                _append(file, "" if value is None else json.dumps(value, ensure_ascii=False, default=str) + "\n")
+                for file, value in zip(self.files, (row, pair), strict=False)
+            ]
+            record = dataclasses.replace(record, out_bytes=sizes[0], pairs_bytes=sizes[1] if len(sizes) > 1 else 0)
+            _append(self.path, json.dumps(dataclasses.asdict(record)) + "\n")
+        except UserError:
+            for file, size in before.items():
+                with contextlib.suppress(OSError):  # resuming does it otherwise
+                    os.truncate(file, size)
+            raise
         self.records.append(record)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import resource
 import sys
 from pathlib import Path
 
@@ -282,6 +283,27 @@ def test_a_run_that_was_cut_off_resumes_without_a_trace(tmp_path):
     files[2].unlink()
     with pytest.raises(UserError, match=r"pairs.jsonl: exists, and there is no best.jsonl.journal"):
         Journal(selection, {"samples": 2})
+
+
+@pytest.mark.parametrize("room", [0, 30, 140])
+def test_on_a_full_disk_the_files_end_with_the_prompt_before(tmp_path, room):
+    prompts, answers = prompts_of(tmp_path), [[Answer(f"{n}"), Answer(f"{n}!")] for n in range(3)]
+    scores = {f"{n}{end}": float(len(end)) for n in range(3) for end in ("", "!")}
+    selection, journal = run(tmp_path, prompts, answers, Given(**scores))
+    files = [selection.out, selection.pairs, journal.path]
+    whole = [file.read_bytes() for file in files]
+    former = resource.getrlimit(resource.RLIMIT_FSIZE)
+    files[2].write_bytes(b"".join(whole[2].splitlines(keepends=True)[:2]))  # as it was after the first prompt
+    ends = [len(whole[n].splitlines(keepends=True)[0]) for n in (0, 1)]
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max(ends) + room, former[1]))
+        with pytest.raises(UserError, match=r"cannot be written \(File too large\); free some space"):
+            run(tmp_path, prompts, answers, Given(**scores))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, former)
+    assert [files[n].read_bytes() for n in (0, 1)] == [whole[n][: ends[n]] for n in (0, 1)]
+    run(tmp_path, prompts, answers, Given(**scores))
+    assert [file.read_bytes() for file in files] == whole
 
 
 @pytest.mark.parametrize(
