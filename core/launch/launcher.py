@@ -37,7 +37,7 @@ from telechat_twins.core.launch.command import (
 )
 from telechat_twins.core.launch.heartbeat import Waits
 from telechat_twins.core.launch.nodes import RENDEZVOUS_S, JobEnd, Nodes, bind, meet
-from telechat_twins.core.launch.processes import Deaths, ProcessTree, lives
+from telechat_twins.core.launch.processes import Deaths, OwnTime, ProcessTree, lives
 from telechat_twins.core.launch.run_lock import hold_folder
 from telechat_twins.core.launch.screen import Screen, last_lines
 from telechat_twins.core.launch.signals import name_of, signals_as_interrupt
@@ -51,6 +51,8 @@ from telechat_twins.core.types import JsonObject
 COLLECTIVE_TIMEOUT_S = 540.0
 
 POLL_S = 0.1  # between two looks at logs, status files, heartbeats and processes
+# Limits on what processes still have to do are seconds that they have had (OwnTime), since a crowded machine lets them
+# wait: EXIT_GRACE_S, SCHEDULER_START_S, SAVE_GRACE_S and NO_ANSWER_S.
 EXIT_GRACE_S = 20.0  # for the rank processes to end after the script has finished (MindSpore's take about 3)
 LAUNCHER_EXIT_S = 1.0  # for msrun or torchrun to end after them; msrun's scheduler takes longer, without effect
 SCHEDULER_START_S = 60.0  # after the first rank's status, for msrun's scheduler to have written its own
@@ -242,6 +244,7 @@ class _Leaving:
         self.run = run
         self.finished: float | None = None  # when the ranks of every node were done
         self.gone: float | None = None  # when the rank processes of this node had ended
+        self.own = OwnTime()  # of what is left, since then
 
     def ended(self, statuses: list[JsonObject | None], launcher_code: int | None) -> int | None:
         """Exit code 0 once msrun or torchrun may be ended; None while it may still serve ranks of other nodes."""
@@ -252,8 +255,9 @@ class _Leaving:
         self.finished = self.finished or (now if run.nodes.finished else None)
         if self.finished is None:
             return None
+        had = self.own.look(run.processes.alive())
         settled = max(self.finished, self.gone or now)
-        if launcher_code is None and now - settled <= LAUNCHER_EXIT_S and now - self.finished <= EXIT_GRACE_S:
+        if launcher_code is None and now - settled <= LAUNCHER_EXIT_S and had <= EXIT_GRACE_S:
             return None
         run.screen.show(run.screen.read(), last=True)
         # Every rank has reported success, so the job has succeeded. A later error of msrun or torchrun is printed, but
@@ -300,24 +304,22 @@ class _Scheduler:
         # msrun starts a scheduler, which the ranks join, even for a single rank.
         self.run = run if run.plan.backend == "ms" and not run.plan.node_rank else None
         self.since: float | None = None
+        self.own = OwnTime()  # in which it has not started
 
     def failed(self) -> bool:
         """Whether the scheduler has been failed or dead for SCHEDULER_GRACE_S, in which a rank that failed before it
         would have been found; or has not started SCHEDULER_START_S after the ranks."""
         if self.run is None:
             return False
-        status, patience = read_status(self.run.plan.folder, SCHEDULER), SCHEDULER_GRACE_S
+        status = read_status(self.run.plan.folder, SCHEDULER)
         if status is None:  # not started: it writes its status before anything else, as a rank does
-            patience = SCHEDULER_START_S
-            if not any(self.run.statuses()):
-                return False
-        else:
-            self.run.deaths.watch(status["pid"])
-            if status["state"] == "done" or (status["state"] == "running" and not self.run.deaths.when(status["pid"])):
-                self.since = None
-                return False
+            return any(self.run.statuses()) and self.own.look(self.run.processes.alive()) > SCHEDULER_START_S
+        self.run.deaths.watch(status["pid"])
+        if status["state"] == "done" or (status["state"] == "running" and not self.run.deaths.when(status["pid"])):
+            self.since = None
+            return False
         self.since = self.since or time.monotonic()
-        return time.monotonic() - self.since > patience
+        return time.monotonic() - self.since > SCHEDULER_GRACE_S
 
 
 def _first_failure(statuses: list[JsonObject | None], deaths: Deaths, folder: Path) -> JsonObject | None:
@@ -463,16 +465,15 @@ def _interrupt(run: _Running, name: str) -> None:
         with suppress(psutil.Error):
             process.send_signal(signal.SIGINT)
     try:
-        started = time.monotonic()
-        deadline, heard = started + SAVE_GRACE_S, False
-        while time.monotonic() < deadline and any(lives(p) for p in own.values()):
+        time_had, deadline, heard = OwnTime(), SAVE_GRACE_S, False
+        while (had := time_had.look(own.values())) < deadline and any(lives(p) for p in own.values()):
             screen.show(screen.read())
             if any(s is not None and s["state"] != "running" for s in run.statuses()):
-                deadline, heard = min(deadline, time.monotonic() + NO_ANSWER_S), True
+                deadline, heard = min(deadline, had + NO_ANSWER_S), True
             # A rank that is about to save prints a line at once. One that hangs in native code does not react at all,
             # and waiting SAVE_GRACE_S for it would be in vain.
             heard = heard or [_size(log) for log in logs] != written
-            if not heard and time.monotonic() > started + NO_ANSWER_S:
+            if not heard and had > NO_ANSWER_S:
                 _tell(f"tele: no rank has answered for {NO_ANSWER_S:.0f} s, ending all processes")
                 break
             time.sleep(POLL_S)

@@ -9,7 +9,9 @@ import signal
 import subprocess
 import threading
 import time
+from collections.abc import Iterable
 from contextlib import suppress
+from pathlib import Path
 from typing import BinaryIO
 
 import psutil
@@ -108,6 +110,44 @@ def lives(process: psutil.Process) -> bool:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.Error:
         return False
+
+
+class OwnTime:
+    """Seconds that processes have had since the first look, for limits on what they still have to do.
+
+    On a crowded machine a process that ends takes many times as long as on an idle one. Time in which one of them wants
+    to run counts only as far as it ran; time in which all of them sleep counts in full, as theirs may be a sleep for
+    ever.
+    """
+
+    def __init__(self) -> None:
+        self.seconds = 0.0
+        self._used: dict[int, float] = {}
+        self._looked: float | None = None
+
+    def look(self, processes: Iterable[psutil.Process]) -> float:
+        """The seconds up to now; of the processes that had least, where they differ."""
+        now, used, eager = time.monotonic(), dict[int, float](), []
+        for process in processes:
+            with suppress(psutil.Error):
+                times = process.cpu_times()
+                used[process.pid] = times.user + times.system
+                if process.pid in self._used and wants_processor(process.pid):
+                    eager.append(used[process.pid] - self._used[process.pid])
+        if self._looked is not None:
+            self.seconds += min([now - self._looked, *eager])
+        self._used, self._looked = used, now
+        return self.seconds
+
+
+def wants_processor(pid: int) -> bool:
+    """Whether a thread of a process runs or waits for its turn to run."""
+    for stat in Path("/proc", str(pid), "task").glob("*/stat"):
+        with suppress(OSError):
+            # The name, in parentheses, may hold anything.
+            if stat.read_bytes().rpartition(b")")[2].split()[:1] == [b"R"]:
+                return True
+    return False
 
 
 class Deaths:

@@ -55,6 +55,18 @@ elif case == "saves":
         time.sleep(2 - 0.6 * rank)  # the last one leaves long after the launchers have seen the first one's exit code
         print("saved", flush=True)
         raise SystemExit(130)
+elif case == "leaves":  # with more to do than the launcher's patience, beside others that want the processor
+    import atexit, subprocess
+    def tidy():
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        end = time.process_time() + 1.5
+        others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(4)]
+        while time.process_time() < end:
+            pass
+        [other.kill() for other in others]
+        if sys.argv[3] == "hangs":
+            time.sleep(600)
+    atexit.register(tidy)
 elif case == "deaf":
     import signal
     print("waiting", flush=True)
@@ -235,6 +247,16 @@ def test_interrupt_ends_everything(backend: str, number: int, case: str, tmp_pat
         assert b"saved" in out, "an interrupted rank may finish what it is doing"
         for rank in range(3):
             assert "saved" in (tmp_path / "logs" / f"worker_{rank}.log").read_text(), "whoever leaves first"
+    assert run.left_over() == []
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_ranks_that_wait_for_the_processor_may_take_long_to_end(hangs: bool, tmp_path: Path) -> None:
+    pytest.importorskip("torch")
+    text = SCRIPT.replace("sys.argv[3]", repr("hangs" if hangs else "ends"))
+    run = Launched(tmp_path, "pt", "leaves", nproc=1, text=text, before="launching.EXIT_GRACE_S = 3.0")
+    code, out, err = run.finish()
+    assert code == 0 and ("their processes did not end" in err) == hangs, err
     assert run.left_over() == []
 
 

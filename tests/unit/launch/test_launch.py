@@ -17,10 +17,11 @@ import pytest
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.launch import launcher as launching
+from telechat_twins.core.launch import processes
 from telechat_twins.core.launch.command import LaunchPlan, check_nodes, check_port, command, environment
 from telechat_twins.core.launch.heartbeat import Waits
 from telechat_twins.core.launch.nodes import Nodes, parse_master
-from telechat_twins.core.launch.processes import Deaths
+from telechat_twins.core.launch.processes import Deaths, OwnTime, wants_processor
 from telechat_twins.core.launch.screen import Screen
 from telechat_twins.core.launch.stacks import innermost_frames
 from telechat_twins.core.launch.worker import read_status, run_script, status_path, write_status
@@ -119,6 +120,38 @@ def test_death_is_noticed_though_the_parent_does_not_look() -> None:
         time.sleep(0.01)
     assert deaths.when(child.pid) is not None
     child.communicate()
+
+
+def test_time_of_a_process_that_waits_for_its_turn_is_what_it_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, used, eager = [0.0], {1: 0.0, 2: 0.0}, {1}
+    monkeypatch.setattr(processes.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(processes, "wants_processor", lambda pid: pid in eager)
+
+    def times(pid: int) -> SimpleNamespace:
+        return SimpleNamespace(user=used[pid], system=0.0)
+
+    both = [SimpleNamespace(pid=pid, cpu_times=lambda pid=pid: times(pid)) for pid in used]
+    own = OwnTime()
+    assert own.look(both) == 0.0
+    now[0], used[1] = 10.0, 0.5  # 1 was starved, 2 slept
+    assert own.look(both) == 0.5
+    now[0], eager = 13.0, set()  # both slept
+    assert own.look(both) == 3.5
+    now[0], used[1], eager = 15.0, 4.5, {1}  # two threads of it ran all the time
+    assert own.look(both) == 5.5
+    now[0], eager = 16.0, {1, 2}  # 1 has ended, and 2 had nothing
+    assert own.look(both[1:]) == 5.5
+
+
+def test_a_process_that_sleeps_does_not_want_the_processor() -> None:
+    for code, wants in (("import sys; print(1, flush=True); sys.stdin.read()", False), ("print(1, flush=True)", True)):
+        line = [sys.executable, "-c", code + ("" if not wants else "\nwhile True: pass")]
+        with subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+            assert child.stdout is not None and child.stdout.readline() == b"1\n"
+            time.sleep(0.3)
+            assert any(wants_processor(child.pid) for _ in range(20)) == wants
+            child.kill()
+    assert not wants_processor(child.pid)
 
 
 def planned(backend: str, folder: Path, nproc: int = 2, **nodes: Any) -> LaunchPlan:
