@@ -32,6 +32,11 @@ num_responses good_natured
 conversation_hash hashed_ip used_in_training ind activity_label source_id split_type
 post_id upvote_ratio c_root_id_A c_root_id_B created_at_utc_A created_at_utc_B score_A score_B seconds_difference
 score_ratio model_a model_b response_0_source response_1_source prompt_source judge qid
+parent_id dialogue_id traj_id instance_id language_code annotation_type detoxify_moderation toxic full_topic
+chosen_avg_rating rejected_avg_rating rating_chosen rating_rejected chosen-rating rejected-rating chosen-model
+rejected-model overall_quality helpfulness correctness coherence complexity verbosity average_test_score
+is_response_0_safe is_response_1_safe problem_is_valid solution_is_valid
+prompt_tokens_len reasoning_content_len content_len
 """
 _OF_MESSAGE = """
 id _id index timestamp created created_at create_time model turn tokens token_count end_turn language toxic

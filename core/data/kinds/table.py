@@ -293,6 +293,12 @@ def refuse_other_use(row: JsonObject, where: str, use: str, ignore: Collection[s
     given = [key for key in row if key not in ignore and not _holds_documents(row[key])]
     others = (kind for kind in KINDS.values() if kind.use != use and kind.name != TRANSCRIPT)
     if other := next((kind for kind in others if kind.marked_by(given)), None):
+        answers = next((key for key in other.slots.get("answer", ()) if isinstance(row.get(key), list)), None)
+        if use == PREFERENCE and other.use == DIALOGUE and answers:
+            raise UserError(
+                f"{where}: '{answers}' is a list of {len(row[answers])} answers; write the better one as 'chosen' and "
+                "the other as 'rejected'"
+            )
         raise UserError(f"{where}: {_is_a(other)}; pack {_PLURALS[other.use]} {OPTION[other.use]}")
 
 

@@ -99,6 +99,12 @@ def _answer(slots: Slots, choices: list[tuple[str, str]]) -> int:
     name, value, where = slots.name("answer"), slots.value("answer"), slots.where
     labels, texts = [label for label, _ in choices], [said for _, said in choices]
     found: set[int] = set()
+    gap = "choices" not in slots and labels != list(_LETTERS[: len(labels)])
+    if gap and not isinstance(value, bool) and str(value).strip().isdecimal() and value not in texts:
+        raise UserError(
+            f"{where}: '{name}' is the place {shown(value)} among {', '.join(labels)}, of which a letter before the "
+            "last is left out or empty; name the letter"
+        )
     if isinstance(value, int) and not isinstance(value, bool):
         found = {value} if 0 <= value < len(choices) else set()
     elif isinstance(value, str):

@@ -11,6 +11,7 @@ from telechat_twins.core.data.kinds.columns import Columns
 from telechat_twins.core.data.kinds.messages import Reading
 from telechat_twins.core.data.kinds.preference import parse_preference
 from telechat_twins.core.data.kinds.table import KINDS
+from telechat_twins.core.data.kinds.teacher import parse_propositions
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
 
@@ -164,6 +165,34 @@ def test_a_tables_index_is_harmless_and_other_keys_are_quoted() -> None:
         with pytest.raises(UserError, match=f"--ignore-key {given}$"):
             read({key: "text", "query": "q", "response": "a"}, Reading())
         assert read({key: "text", "query": "q", "response": "a"}, Reading(frozenset([key]))).messages
+
+
+def test_answers_without_a_verdict_name_the_way_out() -> None:
+    """And do not send on to --sft, which would send back."""
+    with pytest.raises(UserError, match="rows:1: 'output' is a list of 2 answers; write the better one as 'chosen'"):
+        parse_preference({"instruction": "q", "input": "", "output": ["a", "b"]}, "rows:1", Reading())
+    with pytest.raises(UserError, match="a dialogue; pack dialogues with --sft"):
+        parse_preference({"instruction": "q", "output": "a"}, "rows:1", Reading())
+
+
+@pytest.mark.parametrize("answer", [2, "2", 1])
+def test_a_place_among_letters_with_a_gap_is_refused(answer: object) -> None:
+    """C is empty: the third choice may be C or D."""
+    row = {"question": "q", "A": "x", "B": "y", "C": None, "D": "w"}
+    with pytest.raises(UserError, match="rows:1: 'answer' is the place .* among A, B, D"):
+        parse_propositions({**row, "answer": answer}, "rows:1", Reading())
+    assert [p.true for p in parse_propositions({**row, "answer": "D"}, "rows:1", Reading())] == [False, False, True]
+    last = {**row, "C": "z", "D": "", "answer": 2}
+    assert [p.true for p in parse_propositions(last, "rows:1", Reading())] == [False, False, True]
+
+
+def test_what_judges_and_names_a_sample_is_harmless() -> None:
+    """HelpSteer's scores, argilla's ratings, WildChat's and Aya's labels."""
+    row = {"prompt": "q", "response": "a", "helpfulness": 3, "verbosity": 2, "language_code": "zul", "toxic": False}
+    reading = Reading()
+    assert read(row, reading).messages and {"helpfulness", "toxic"} <= reading.left_out
+    pair = {"prompt": "q", "chosen": "a", "rejected": "b", "chosen-rating": 5.0, "rejected-model": "x"}
+    assert parse_preference(pair, "rows:1", Reading())
 
 
 def test_an_empty_dialogue_names_its_key() -> None:
