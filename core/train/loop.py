@@ -173,7 +173,7 @@ def _go(run: Run) -> TrainResult:
     last = None if run.recorder is None else run.recorder.last
     total = min(run.config.train.steps, last or run.config.train.steps)
     first = run.stepper.rank == 0
-    lines = (*header(run.stepper, run.config, run.stages, run.data, run.state), *run.notes) if first else ()
+    lines = (*header(run.stepper, run.config, run.stages, run.data, run.state, total), *run.notes) if first else ()
     with Signals(quiet=not first) as signals, contextlib.ExitStack() as ended:
         records = run_on_all(run.stepper, lambda: Records(run, total, first, lines))
         ended.callback(records.close)

@@ -126,16 +126,16 @@ class Signals:
 
 
 def header(
-    stepper: Stepper, config: RunConfig, stages: Sequence[Stage], data: StagedData, state: TrainState
+    stepper: Stepper, config: RunConfig, stages: Sequence[Stage], data: StagedData, state: TrainState, end: int
 ) -> list[str]:
-    """What is about to run, one fact a line."""
+    """What is about to run, up to step ``end``, one fact a line."""
     now = stage_of(stages, state.step)
     blend = data.of(now)
     implementation = dict(stepper.implementation())
     parameters = count_parameters(config.model)
     train = config.train
-    left = max(0, train.steps - state.step)
-    tokens = sum((s.end - max(s.begin, state.step)) * s.tokens for s in stages if s.end > state.step)
+    left = max(0, end - state.step)
+    tokens = sum(max(0, min(s.end, end) - max(s.begin, state.step)) * s.tokens for s in stages)
     facts: dict[str, str] = {
         "backend": implementation.pop("backend", "unknown"),
         "device": implementation.pop("device", "unknown"),

@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from pathlib import Path
 
-from telechat_twins.core.config import RunConfig, load_run_config
+from telechat_twins.core.config import RunConfig, load_run_config, naming_lines
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.atomic import show_bytes
 from telechat_twins.core.parallel.layout import check_layout, parse_layout
@@ -17,6 +17,8 @@ from telechat_twins.core.parity.record.take import Wanted, check_wanted, rehears
 def run(args: argparse.Namespace) -> int:
     """Take the record, or rehearse it; 0."""
     from telechat_twins.convert.record_rank import SCRIPT
+    from telechat_twins.core.data.blend import open_blend
+    from telechat_twins.core.train.stages import StagedData
 
     config, out = load(args), Path(args.out)
     first = 0
@@ -34,6 +36,8 @@ def run(args: argparse.Namespace) -> int:
         return 0
     if is_record(out) and not args.force:
         raise UserError(f"--out {out}: holds a record; give another folder, or --force to replace it")
+    with naming_lines(args.config, args.set):
+        StagedData(config, open_blend)  # a launcher takes seconds to start
     record = take_record(args.backend, config, out, wanted, SCRIPT)
     size = sum(file.stat().st_size for file in out.iterdir())
     print(f"{len(record.quantities):,} quantities and {len(record.trace):,} steps in {out}: {show_bytes(size)}")
