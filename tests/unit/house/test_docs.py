@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import runpy
 import shutil
+import subprocess
 import textwrap
 from pathlib import Path
 
@@ -156,3 +157,21 @@ def test_the_python_of_the_checkpoint_page_runs(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     names = runpy.run_path("page.py")
     assert names["rows"].shape == (16, 32) and names["k"].shape == (16, 32)
+
+
+def test_git_ignores_what_the_pages_write() -> None:
+    """Who follows them in a checkout has nothing to commit, and `make test` does not read it as sources."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a checkout of git")
+    pages = [page for page in docs.PAGES if page in docs.FIRST or page.startswith("docs/tutorial-")]
+    written: set[str] = set()
+    for command in (found for page in pages for found in docs.commands(ROOT, page) if found.words[0] == "tele"):
+        parser = docs.parser(command.words[1])
+        given = vars(parser.parse_args(command.words[2:]))
+        names = {"out", "junit", *(action.dest for action in parser._actions if action.metavar == "DST")}
+        written |= {str(given[name]) for name in names if given.get(name)}
+    assert {"records/npu", "hf-again", "runs/grown", "parity.xml"} <= written
+    inside = [f"{name}/file" for name in written]  # a pattern of a folder knows it by what is in it
+    known = subprocess.run(["git", "check-ignore", *written, *inside], cwd=ROOT, capture_output=True, text=True)
+    ignored = {line.removesuffix("/file") for line in known.stdout.splitlines()}
+    assert sorted(written - ignored) == []
