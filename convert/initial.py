@@ -28,8 +28,8 @@ def open_initial(path: str | Path, model: ModelConfig | None = None) -> ModelSou
     path = standing(Path(path))
     if not path.exists():
         raise UserError(
-            f"train.init: {path}: no such folder; give a released model, a checkpoint, a run or MindFormers' weights"
-            f"{near_path(path)}"
+            f"train.init: {path}: no such folder; give a released model, a checkpoint, a run or MindFormers' weights "
+            f"(tele train --init DIR){near_path(path)}"
         )
     if path.is_file() and path.suffix == ".safetensors" and not is_mindformers(path):
         raise UserError(f"train.init: {path}: is one file of a model; give the folder that holds it, {path.parent}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from telechat_twins.core.files.atomic import show_bytes
 from telechat_twins.core.launch.run_lock import hold_place
 from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.model.growth import METHODS
+from telechat_twins.core.near import near_path
 from telechat_twins.core.schema import set_all
 from telechat_twins.core.types import JsonObject
 
@@ -112,6 +114,11 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
     )
     if args.plan and not Path(args.source).is_dir():
+        if os.sep in args.source and not Path(args.source).exists():
+            raise UserError(
+                f"{args.source}: no such folder; give a checkpoint, a run, a preset or a model's YAML"
+                f"{near_path(args.source)}"
+            )
         source = load_model_config(args.source, "SRC")
         plan = plan_growth(source, _target(args, source), options)
         print(describe(plan))

@@ -241,6 +241,7 @@ def test_places_that_cannot_be(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ([str(source), str(source / "inside")], "DST must not contain SRC or lie inside it"),
         ([str(source), str(tmp_path)], "DST must not contain SRC or lie inside it"),
         ([str(tmp_path / "none"), str(tmp_path / "b")], "no such folder"),
+        ([str(tmp_path / "none"), str(tmp_path / "b"), "--plan"], "no such folder; give a checkpoint, a run, a preset"),
     ):
         assert main(["grow", *arguments, "--set", "hidden_size=40"]) == 2
         assert says in capsys.readouterr().err
