@@ -167,7 +167,7 @@ def _layout(args: argparse.Namespace, tokenizer: Tokenizer) -> tuple[ChatLayout 
     if _use(args) not in (DIALOGUE, PREFERENCE):
         begins = tokenizer.special.begins_note("--bos") if _use(args) == TEXT and not args.bos else []
         return None, [*assumed(tokenizer), *begins]
-    layout, notes = open_training_layout(tokenizer, args.chat_template, own=args.sft == "plain")
+    layout, notes = open_training_layout(tokenizer, args.chat_template, own=args.sft in (None, "plain"))
     if args.chat_template not in (AUTO, BUILT_IN):
         notes.append(f"chats with a model that learns these rows need --chat-template {args.chat_template}, too")
     return layout, notes
@@ -192,6 +192,7 @@ def _pack_preference(args: argparse.Namespace, tokenizer: Tokenizer, reading: Re
         tokenizer,
         seq_len=args.seq_len,
         drop_long=args.drop_long,
+        layout=args.layout,
         reading=reading,
         encoding=args.encoding,
         force=args.force,

@@ -417,7 +417,7 @@ def open_training_layout(tokenizer: Tokenizer, choice: str = AUTO, own: bool = T
     layout = require_layout(tokenizer, layout)
     if not own and (not isinstance(layout, BuiltInLayout) or layout.thinking):
         raise UserError(
-            "--sft deepspeed, --sft mindformers and --preference pack dialogues in TeleChat2's built-in layout, and "
+            "--sft deepspeed and --sft mindformers pack dialogues in TeleChat2's built-in layout, and "
             f"chats with this model follow {layout.name}, which differs; use --sft plain, or give --chat-template "
             "builtin to train the built-in one"
         )

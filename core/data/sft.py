@@ -57,19 +57,13 @@ class Counts:
 # ---------------------------------------------------------------------------------------------------------- plain
 
 
-def encode_dialogue(tokenizer: Tokenizer, dialogue: Dialogue) -> tuple[list[int], list[int]]:
-    """One dialogue in TeleChat2's layout -> (ids, mask); mask 1 on answers (tool calls included) and their <_end>.
-
-    Answers of weight 0 are context, with mask 0. Contents are ordinary text, except that the four tool tags count as
-    control tokens where the row says so (``tags``).
-    """
-    (sample,) = dialogue_samples(tokenizer, dialogue)
-    return sample
-
-
 def dialogue_samples(tokenizer: Tokenizer, dialogue: Dialogue, layout: ChatLayout | None = None) -> list[Sample]:
-    """``encode_dialogue`` in the ``layout`` of the model's chats (None: TeleChat2's): one sequence, or one for each
-    answer where its chats show earlier answers otherwise. UserError names the row."""
+    """One dialogue in the ``layout`` of the model's chats (None: TeleChat2's) -> (ids, mask): one sequence, or one for
+    each answer where its chats show earlier answers otherwise. UserError names the row.
+
+    The mask is 1 on answers (tool calls included) and their end, 0 on those of weight 0. Contents are ordinary text,
+    except that the four tool tags count as control tokens where the row says so (``tags``).
+    """
     messages = dialogue.messages
     if dialogue.system is not None:
         # Released rows end the system text with the newline that the layout adds itself.

@@ -9,7 +9,10 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from telechat_twins.core.data.dialogues import Dialogue
 from telechat_twins.core.data.packed_files import sealed, unsealed
+from telechat_twins.core.data.packing.samples import Sample
+from telechat_twins.core.data.sft import dialogue_samples
 from telechat_twins.core.data.tokenizer import Tokenizer, load_tokenizer
 from telechat_twins.core.data.tokenizer_training import train_tokenizer
 
@@ -70,3 +73,9 @@ def dialogue_row(n: int, turns: int = 1, system: str | None = "Be brief.\n", siz
         dialog.append({"role": "bot", "content": f"letter{n} " * size + "fox."})
     row = {"dialog": dialog, "multiturn": turns > 1, "tool": False}
     return row if system is None else {"system": system, **row}
+
+
+def encode_dialogue(tokenizer: Tokenizer, dialogue: Dialogue) -> Sample:
+    """The one sequence of a dialogue in TeleChat2's layout."""
+    (sample,) = dialogue_samples(tokenizer, dialogue)
+    return sample

@@ -21,10 +21,9 @@ from telechat_twins.core.data.chat_layout import (
 )
 from telechat_twins.core.data.chat_template import encode_chat
 from telechat_twins.core.data.dialogues import parse_dialogue
-from telechat_twins.core.data.sft import encode_dialogue
 from telechat_twins.core.data.tokenizer import load_tokenizer
 from telechat_twins.core.errors import UserError
-from tests.support.data_support import tiny_tokenizer, tiny_tokenizer_path
+from tests.support.data_support import encode_dialogue, tiny_tokenizer, tiny_tokenizer_path
 from tests.support.shared import shared_file
 
 pytest.importorskip("jinja2")

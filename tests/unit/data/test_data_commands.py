@@ -20,10 +20,16 @@ from telechat_twins.core.data.packed import PackedDataset, PackedWriter
 from telechat_twins.core.data.packing.dialogue_file import DialogueFile
 from telechat_twins.core.data.prepare import pack_text, read_texts
 from telechat_twins.core.data.rows import detect_kind, find_inputs, read_documents
-from telechat_twins.core.data.sft import encode_dialogue
 from telechat_twins.core.data.tokenizer import load_tokenizer
 from telechat_twins.core.errors import UserError
-from tests.support.data_support import SENTENCES, dialogue_row, tiny_tokenizer, tiny_tokenizer_path, write_rows
+from tests.support.data_support import (
+    SENTENCES,
+    dialogue_row,
+    encode_dialogue,
+    tiny_tokenizer,
+    tiny_tokenizer_path,
+    write_rows,
+)
 from tests.support.shared import shared_file
 
 

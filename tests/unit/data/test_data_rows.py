@@ -20,10 +20,10 @@ from telechat_twins.core.data.forms.json_items import json_items
 from telechat_twins.core.data.packed import PackedDataset
 from telechat_twins.core.data.packing.dialogue_file import DialogueFile
 from telechat_twins.core.data.rows import find_inputs, input_notes, read_documents, read_rows, skipped_inputs
-from telechat_twins.core.data.sft import deepspeed_sequences, encode_dialogue, mindformers_pair
+from telechat_twins.core.data.sft import deepspeed_sequences, mindformers_pair
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
-from tests.support.data_support import dialogue_row, tiny_tokenizer, tiny_tokenizer_path, write_rows
+from tests.support.data_support import dialogue_row, encode_dialogue, tiny_tokenizer, tiny_tokenizer_path, write_rows
 from tests.unit.data.test_data_commands import call, tele_data
 
 ASKED = {"role": "user", "content": "hi"}

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from telechat_twins.core.cli import main
 from telechat_twins.core.config import DataConfig, DataSourceConfig
 from telechat_twins.core.data.blend import open_blend
-from telechat_twins.core.data.chat_template import encode_chat
+from telechat_twins.core.data.chat_layout import BuiltInLayout, ChatLayout, TemplateLayout
 from telechat_twins.core.data.kinds import preference as preference_module
 from telechat_twins.core.data.kinds.messages import Reading
 from telechat_twins.core.data.kinds.preference import parse_preference
@@ -22,7 +23,7 @@ from telechat_twins.core.data.packing.preference import pack_preference
 from telechat_twins.core.data.packing.teacher import class_tokens, pack_teacher
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
-from tests.support.data_support import tiny_tokenizer, write_rows
+from tests.support.data_support import tiny_tokenizer, tiny_tokenizer_path, write_rows
 from tests.support.row_spellings import words
 from tests.unit.data.test_data_commands import tele_data
 
@@ -69,27 +70,59 @@ def pair(draw: random.Random) -> tuple[list[JsonObject], str, str, JsonObject]:
     return shared, chosen, rejected, draw.choice(spellings)
 
 
-def check_pairs(folder: Path) -> None:
-    """Pack random pairs, and hold each side against what ``tele chat`` shows."""
+OWN = (
+    "{% for m in messages %}{% if m.role == 'assistant' %}<_bot>{{ m.content }}<_end>{% else %}"
+    "<_user>{{ m.role }}: {{ m.content }}{% endif %}{% endfor %}{% if add_generation_prompt %}<_bot>{% endif %}"
+)
+
+
+def check_pairs(folder: Path, layout: ChatLayout | None = None) -> None:
+    """Pack random pairs, and hold each side against what ``tele chat`` shows in ``layout``."""
     draw, tokenizer = random.Random(1), tiny_tokenizer()
+    encode = (layout or BuiltInLayout(tokenizer)).encode
     made = [pair(draw) for _ in range(PAIRS)]
     source = write_rows(folder / "pairs.jsonl", [row for *_, row in made])
-    meta = pack_preference([source], folder / "out", tokenizer, seq_len=2048, force=True, quiet=True)
+    meta = pack_preference([source], folder / "out", tokenizer, seq_len=2048, layout=layout, force=True, quiet=True)
     data = PackedDataset(folder / "out")
     assert meta["pairs"] == PAIRS and data.sequences is not None and data.mask is not None
     for n, (shared, chosen, rejected, row) in enumerate(made):
-        prompt = encode_chat(tokenizer, shared)
+        prompt = encode(shared)
         for side, text in enumerate((chosen, rejected)):
             begin, end = (int(data.sequences[2 * n + side + k]) for k in (0, 1))
             answer = {"role": "assistant", "content": text}
-            ids = encode_chat(tokenizer, [*shared, answer], add_generation_prompt=False)
+            ids = encode([*shared, answer], add_generation_prompt=False)
             last = len(ids) - ids[::-1].index(2)
             assert data.tokens[begin:end].tolist() == ids, row
             assert np.flatnonzero(data.mask[begin:end]).tolist() == list(range(len(prompt), last)), row
 
 
-def test_pairs_are_trained_as_chat_shows_them(tmp_path: Path) -> None:
-    check_pairs(tmp_path)
+@pytest.mark.parametrize("own", [False, True])
+def test_pairs_are_trained_as_chat_shows_them(own: bool, tmp_path: Path) -> None:
+    check_pairs(tmp_path, TemplateLayout(tiny_tokenizer(), OWN, "t") if own else None)
+
+
+def test_pairs_of_models_that_reason_have_one_sequence_a_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def thinks(text: str) -> JsonObject:
+        return {**CHOSEN, "content": text, "reasoning_content": "why"}
+
+    earlier = [USER, thinks("first"), USER]
+    rows = [{"prompt": earlier, "chosen": [thinks(GOOD)], "rejected": [thinks(BAD)]}]
+    words = ["--tokenizer", tiny_tokenizer_path(), "--out", tmp_path / "out", "--preference", "--seq-len", 512]
+    words += ["--chat-template", "thinking", "--reasoning", "think", "--quiet"]
+    assert main(["data", str(write_rows(tmp_path / "one.jsonl", rows)), *map(str, words)]) == 0
+    data = PackedDataset(tmp_path / "out")
+    assert data.sequences is not None
+    for side, text in enumerate((GOOD, BAD)):
+        begin, end = (int(data.sequences[side + k]) for k in (0, 1))
+        shown = tiny_tokenizer().decode(data.tokens[begin:end].tolist())
+        assert shown.count("why") == 1 and text in shown.rpartition("why")[2]  # the earlier reasoning is left out
+    # Two answers a side would be two sequences, of which only the sum of one is compared.
+    call = [{**thinks(""), "tool_calls": [{"name": "f", "arguments": {}}]}, {"role": "tool", "content": "1"}]
+    rows = [{"prompt": [USER], "chosen": [*call, thinks(GOOD)], "rejected": [*call, thinks(BAD)]}]
+    assert main(["data", str(write_rows(tmp_path / "two.jsonl", rows)), *map(str, words), "--force"]) == 2
+    assert "two.jsonl:1: 'chosen' has 2 answers, of which chats with this model show" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,6 @@ from telechat_twins.core.data.chat_template import render
 from telechat_twins.core.data.dialogues import parse_dialogue
 from telechat_twins.core.data.kinds.messages import Reading
 from telechat_twins.core.data.kinds.preference import parse_preference
-from telechat_twins.core.data.sft import encode_dialogue
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.inference import scorers
 from telechat_twins.core.inference.engine import Engine
@@ -35,6 +34,7 @@ from telechat_twins.core.inference.rejection import (
 from telechat_twins.core.inference.requests import Request, turn_stops
 from telechat_twins.core.inference.sampling import sampling_config
 from telechat_twins.core.inference.scorers import open_scorer
+from tests.support.data_support import encode_dialogue
 from tests.support.engine_support import Replier
 
 ROWS = [
