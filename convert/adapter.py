@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from telechat_twins.convert.copy import DTYPES, cast
-from telechat_twins.convert.hf.peft import is_peft, open_peft
+from telechat_twins.convert.hf.peft import adapters_below, is_peft, open_peft
 from telechat_twins.convert.rounding import rounded
 from telechat_twins.convert.source import ModelSource, open_model
 from telechat_twins.core.checkpoint.adapter import A, Adapter, B, check_base, open_adapter
@@ -31,6 +31,8 @@ def open_any_adapter(path: str | Path, source: ModelSource, verify: bool = True)
         adapter = open_peft(folder, config)
     elif (folder / "config.json").is_file():
         raise UserError(f"{folder}: is a released model, not an adapter; give a folder with adapter_config.json")
+    elif not (folder / "manifest.json").is_file() and not (folder / "latest").is_file() and adapters_below(folder):
+        raise UserError(f"{folder}: is no adapter; below it are {adapters_below(folder)}: give one of them")
     else:
         adapter = open_adapter(folder, verify)
     notes = check_base(adapter, config, source.read, model)
@@ -73,6 +75,9 @@ class MergedSource(ModelSource):
         if module is None:
             return cast(weight, self._to, name)
         a, b = (self.adapter.read(f"{module.name}.{half}") for half in (A, B))
+        for half, array in ((A, a), (B, b)):
+            if not np.isfinite(array).all():
+                raise UserError(f"{self.adapter.path}: {module.name}.{half}: holds values that are not finite")
         out = merged(weight, a, b, module.scale, self.dtype(name))
         if not np.isfinite(out).all() and np.isfinite(weight).all():
             raise UserError(

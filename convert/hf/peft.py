@@ -64,17 +64,16 @@ def open_peft(path: str | Path, config: ModelConfig) -> Adapter:
     """
     folder = standing(Path(path))
     where = str(folder / CONFIG)
+    if below := adapters_below(folder):
+        raise UserError(f"{folder}: is no adapter of PEFT's; below it are {below}: give one of them")
     values = load_json(folder / CONFIG, "PEFT's description of an adapter")
     settings = read_peft_config(values, where)
-    if not (folder / WEIGHTS).is_file():
-        found = next((p.name for p in sorted(folder.glob("adapter_model.*"))), None)
-        said = "pickled weights are not read (they can run code); save it as safetensors" if found else "missing"
-        raise UserError(f"{folder / (found or WEIGHTS)}: {said}")
-    file = SafetensorsFile(folder / WEIGHTS)
-    bare = not any(name.startswith(PREFIX + hf_prefix(config)) for name in file.tensors)
+    file = SafetensorsFile(_weights(folder))
+    outer, unprefixed = _outer(file)
+    bare = not any(name.startswith(outer + hf_prefix(config)) for name in file.tensors)
     prefix = "" if bare else hf_prefix(config)
     linears = packed_linears(bind(config, prefix=prefix), config)
-    keys = _keys(file, linears)
+    keys = _keys(file, linears, outer)
     _check_targets(settings, keys, linears, config, prefix, folder)
     pairs = {name: _pair(file, name, keys[name], linears[name], settings, folder) for name in linears if name in keys}
     unpacked = Unpacked(pairs, linears, config)
@@ -91,10 +90,21 @@ def open_peft(path: str | Path, config: ModelConfig) -> Adapter:
         dropout=settings.dropout,
         base=AdapterBase(path=base if isinstance(base, str) else "", fingerprint=""),
         read=unpacked.read,
-        notes=(*settings.notes, *idle_patterns(settings, pairs, where), *_layout_note(values, config, where)),
+        notes=(
+            *settings.notes,
+            *unprefixed,
+            *idle_patterns(settings, pairs, where),
+            *_layout_note(values, config, where),
+        ),
         record=record,
         assets=[folder / CONFIG],
     )
+
+
+def adapters_below(folder: Path) -> str:
+    """Three adapter folders of PEFT's in a folder that is none, such as those of a trainer's steps; "" without any."""
+    found = [] if is_peft(folder) else sorted(folder.glob(f"*/{CONFIG}"))
+    return ", ".join(str(file.parent) for file in found[:3])
 
 
 def write_peft(adapter: Adapter, target: Path, dtype: str | None = None) -> None:
@@ -133,18 +143,44 @@ def write_peft(adapter: Adapter, target: Path, dtype: str | None = None) -> None
 
 
 def _plain(name: str) -> str:
-    """A tensor's name without the name of PEFT's first adapter."""
-    return name.replace(".default.weight", ".weight")
+    """A tensor's name as PEFT saves it: with its prefix, and without the name of its first adapter."""
+    return PREFIX + name.replace(".default.weight", ".weight").removeprefix(PREFIX)
 
 
-def _keys(file: SafetensorsFile, linears: Mapping[str, PackedLinear]) -> dict[str, dict[str, str]]:
+def _weights(folder: Path) -> Path:
+    """The file of an adapter's tensors; UserError where it is missing or another format."""
+    if (folder / WEIGHTS).is_file():
+        return folder / WEIGHTS
+    found = sorted(file.name for file in folder.glob("adapter_model[.-]*"))
+    if any(".safetensors" in name for name in found):
+        raise UserError(f"{folder / found[0]}: an adapter in several files is not read; save it as one {WEIGHTS}")
+    said = "pickled weights are not read (they can run code); save it as safetensors" if found else "missing"
+    raise UserError(f"{folder / (found[0] if found else WEIGHTS)}: {said}")
+
+
+def _outer(file: SafetensorsFile) -> tuple[str, list[str]]:
+    """What stands before the model's own names, with a note where that is nothing: transformers' ``save_pretrained``
+    saves an adapter so with ``save_peft_format=False``, and reads it. UserError where names differ in it."""
+    without = [name for name in file.tensors if not name.startswith(PREFIX)]
+    if not without:
+        return PREFIX, []
+    if len(without) < len(file.tensors):
+        raise UserError(
+            f"{file.path}: tensor '{without[0]}': does not begin with {PREFIX}, as {len(file.tensors) - len(without)} "
+            f"others do, so PEFT would not load it; rename it to {PREFIX}{without[0]}"
+        )
+    return "", [
+        f"{file.path}: names have no {PREFIX} in front, as transformers saves an adapter with save_peft_format=False; "
+        "PEFT itself would not load it"
+    ]
+
+
+def _keys(file: SafetensorsFile, linears: Mapping[str, PackedLinear], outer: str) -> dict[str, dict[str, str]]:
     """Linear's name -> half -> tensor's name; UserError for a tensor that is neither."""
     keys: dict[str, dict[str, str]] = {}
     for name in file.tensors:
         start = f"{file.path}: tensor '{name}'"
-        if not name.startswith(PREFIX):
-            raise UserError(f"{start}: does not begin with {PREFIX}, so PEFT would not load it; rename it")
-        match = _KEY.fullmatch(name.removeprefix(PREFIX))
+        match = _KEY.fullmatch(name.removeprefix(outer))
         if match is None:
             what = next((what for part, what in _OTHERS.items() if part in name), "no A or B of a linear layer")
             raise UserError(f"{start}: is {what}, which is not taken over; merge the adapter with PEFT instead")
@@ -185,11 +221,17 @@ def _check_targets(
             )
         if there and not named:
             raise UserError(
-                f"{folder / WEIGHTS}: has tensors for '{name}', which target_modules does not name: PEFT would pass "
-                f"over them; correct target_modules in {CONFIG}"
+                f"{folder / WEIGHTS}: has tensors for '{name}', which {_naming(settings)} does not name: PEFT would "
+                f"pass over them; correct {_naming(settings)} in {CONFIG}"
             )
     if not keys:
         raise UserError(f"{folder / WEIGHTS}: holds no adapter")
+
+
+def _naming(settings: PeftConfig) -> str:
+    """The keys by which a config names layers."""
+    others = {"layers_to_transform": settings.layers, "exclude_modules": settings.exclude_modules}
+    return " with ".join(["target_modules", *(key for key, value in others.items() if value)])
 
 
 def _pair(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from telechat_twins.convert.adapter import open_any_adapter
 from telechat_twins.convert.hf.peft import open_peft, write_peft
 from telechat_twins.core.errors import UserError
-from tests.support.adapters import golden_model, modules, random_adapter
+from tests.support.adapters import golden_model, modules, random_adapter, tensors
 
 KEYS: list[tuple[dict[str, Any], str]] = [
     ({"peft_type": "LOHA"}, "peft_type: only LORA is read, found 'LOHA'"),
@@ -60,7 +62,10 @@ KEYS: list[tuple[dict[str, Any], str]] = [
     ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, "has no tensors for 'model.layers.0.self_attn.o_proj', which"),
     ({"target_modules": ["q_proj", "v_proj", "lm_head"]}, "target_modules: names 'lm_head' too"),
     ({"exclude_modules": ["layers.1.self_attn.q_proj"]}, "has tensors for 'model.layers.1.self_attn.q_proj'"),
-    ({"layers_to_transform": [0, 2]}, "has tensors for 'model.layers.1.self_attn.q_proj'"),
+    (
+        {"layers_to_transform": [0, 2]},
+        "has tensors for 'model.layers.1.self_attn.q_proj', which target_modules with layers_to_transform does not",
+    ),
     ({"target_modules": ".*(q|v)_proj", "layers_to_transform": [0]}, "acts only where target_modules is a list"),
 ]
 
@@ -75,7 +80,11 @@ def _add(name: str, shape: tuple[int, ...]) -> Callable[[dict[str, np.ndarray]],
 
 FIRST = "base_model.model.model.layers.0.self_attn.q_proj"
 FILES: list[tuple[Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]], str]] = [
-    (_rename("base_model.model.", ""), "does not begin with base_model.model., so PEFT would not load it"),
+    (
+        lambda held: {n.removeprefix("base_model.model.") if ".1." in n else n: a for n, a in held.items()},
+        "does not begin with base_model.model., as 8 others do, so PEFT would not load it; rename it to base_model.mod",
+    ),
+    (_rename("base_model.", ""), "'model.model.layers.0.self_attn.q_proj' is not a layer that takes an adapter"),
     (_rename("layers.2.", "layers.7."), "'model.layers.7.self_attn.q_proj' is not a layer that takes an adapter"),
     (lambda held: {n: a for n, a in held.items() if n != f"{FIRST}.lora_B.weight"}, "q_proj' has no lora_B"),
     (_add(f"{FIRST}.lora_magnitude_vector", (48,)), "is a magnitude of DoRA"),
@@ -151,3 +160,26 @@ def test_what_is_harmless_passes_and_what_is_assumed_is_noted(folder: Path, tmp_
     (tmp_path / "adapter_model.bin").write_bytes(b"\x80")
     with pytest.raises(UserError, match="adapter_model.bin: pickled weights are not read"):
         open_peft(tmp_path, config)
+    (tmp_path / "adapter_model.bin").rename(tmp_path / "adapter_model-00001-of-00002.safetensors")
+    with pytest.raises(UserError, match="an adapter in several files is not read; save it as one adapter_model.safe"):
+        open_peft(tmp_path, config)
+
+
+@pytest.mark.parametrize("front", ["base_model.model.", "base_model.model.model."])
+def test_names_without_pefts_prefix_are_read_and_kept(folder: Path, tmp_path: Path, front: str) -> None:
+    (tmp_path / "bare").mkdir()
+    config, edit = golden_model("teleflm").config, _rename(front, "")
+    found, plain = open_peft(changed(folder, tmp_path / "bare", {}, edit), config), open_peft(folder, config)
+    assert found.modules == plain.modules and tensors(found) == tensors(plain)
+    assert "names have no base_model.model. in front, as transformers saves" in found.notes[0]
+    write_peft(found, tmp_path / "again")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "bare" / name).read_bytes()
+
+
+def test_adapters_below_a_folder_are_named(folder: Path, tmp_path: Path) -> None:
+    source = golden_model("teleflm")
+    shutil.copytree(folder, tmp_path / "checkpoint-2")
+    for opened in (lambda: open_peft(tmp_path, source.config), lambda: open_any_adapter(tmp_path, source)):
+        with pytest.raises(UserError, match="is no adapter.*below it are .*checkpoint-2: give one of them"):
+            opened()
