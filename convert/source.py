@@ -41,15 +41,21 @@ def open_model(path: str | Path, verify: bool = True) -> ModelSource:
     if not path.is_dir():
         raise UserError(f"{path}: no such folder; expected a released model or a checkpoint{near_path(path)}")
     if (path / "adapter_config.json").is_file():
-        raise UserError(
-            f"{path}: is an adapter of PEFT's, not a model; give its base here, and this folder as --adapter"
-        )
+        raise UserError(f"{path}: is an adapter of PEFT's, not a model; {_instead(path)}")
     if not (path / "manifest.json").is_file() and not (path / "latest").is_file():
         raise UserError(
             f"{path}: no model found; a released folder has config.json, a checkpoint manifest.json, a run latest"
             f"{_below(path)}"
         )
     return CanonicalSource(open_checkpoint(path, verify))
+
+
+def _instead(adapter: Path) -> str:
+    """What to give in place of an adapter."""
+    return (
+        f"give its base here, and this folder as --adapter where there is that option; else both as one model: tele "
+        f"merge BASE {adapter} DST"
+    )
 
 
 def _below(path: Path) -> str:
@@ -119,7 +125,8 @@ class HfSource(ModelSource):
     def __init__(self, folder: HfFolder) -> None:
         self.folder = folder
         self.path = folder.path
-        self.notes = tuple(folder.notes)
+        beside = f"{folder.path}: has an adapter of PEFT's beside the model, which acts only as --adapter {folder.path}"
+        self.notes = (*folder.notes, *([beside] if (folder.path / "adapter_config.json").is_file() else []))
         self.config = folder.config
         self.tokenizer_path = find_tokenizer(folder.path)
         self.record = folder.source_record()
@@ -164,9 +171,7 @@ class CanonicalSource(ModelSource):
         self.checkpoint = checkpoint
         self.path = checkpoint.path
         if checkpoint.model.get("adapter") is not None:
-            raise UserError(
-                f"{self.path}: is an adapter, not a model; give its base here, and this folder as --adapter"
-            )
+            raise UserError(f"{self.path}: is an adapter, not a model; {_instead(self.path)}")
         self.config = checkpoint_config(checkpoint)
         shapes = {name: checkpoint.shape("weights", name) for name in checkpoint.names("weights")}
         check_shapes(parameter_table(self.config), shapes, str(self.path))

@@ -22,6 +22,7 @@ from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.lora import TARGETS, AdapterBase, AdapterModule, AdapterRecord, read_adapter
 from telechat_twins.core.model.params import ParamSpec, block_table, parameter_table
 from telechat_twins.core.schema import from_mapping
+from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
 
 A, B = "lora_a", "lora_b"
@@ -160,8 +161,10 @@ def check_base(adapter: Adapter, config: ModelConfig, read: ReadBox, where: str 
                 f"adapter's own base{f' ({adapter.base.path})' if adapter.base.path else ''}"
             )
     if not adapter.base.fingerprint:
+        named = f", but the name {shown(adapter.base.path)}" if adapter.base.path else ""
         return (
-            f"{adapter.path} does not record the weights it was trained on; that {where} is its base is not checked",
+            f"{adapter.path} does not record the weights it was trained on{named}; that {where} is its base is not "
+            "checked",
         )
     # Rows of padding that one of the two lacks would be another model to the digest, and are the same to the adapter.
     if any(mine.get(name) != theirs.get(name) for name in _OF_ROWS):

@@ -40,9 +40,11 @@ def checkpoint_to_resume(out: Path, resume: str | None, verify: bool) -> Checkpo
 def require_training_state(checkpoint: Checkpoint) -> None:
     """UserError for a checkpoint that holds weights only."""
     if checkpoint.trainer is None:
+        way = f"start a new run from these weights with --init {checkpoint.path}"
+        if checkpoint.model.get("adapter") is not None:  # which is no start of a run
+            way = f"merge it into its base (tele merge BASE {checkpoint.path} DST) and start a new run with --init DST"
         raise UserError(
-            f"{checkpoint.path}: holds weights but no trainer.json, so there is no training state to resume; start a "
-            f"new run from these weights with --init {checkpoint.path}"
+            f"{checkpoint.path}: holds weights but no trainer.json, so there is no training state to resume; {way}"
         )
 
 

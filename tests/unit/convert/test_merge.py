@@ -15,12 +15,15 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from telechat_twins.convert.copy import cast
+from telechat_twins.convert.hf.peft import write_peft
 from telechat_twins.convert.rounding import rounded
 from telechat_twins.convert.source import open_model
 from telechat_twins.core.checkpoint.adapter import open_adapter, write_adapter
+from telechat_twins.core.checkpoint.read import open_checkpoint
 from telechat_twins.core.commands import average, convert, merge
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files.safetensors import SafetensorsFile
+from telechat_twins.core.train.resume import require_training_state
 from tests.support.adapters import deltas, modules, random_adapter, tensors
 from tests.support.frameworks import GOLDENS
 
@@ -143,6 +146,31 @@ def test_an_adapter_of_other_weights_is_refused(tmp_path: Path) -> None:
         tele(convert, "--from", "hf", "--to", "canonical", base, tmp_path / "c")
         tele(merge, base, tmp_path / "c", tmp_path / "x")
     assert not (tmp_path / "x").exists()
+
+
+def test_an_adapter_that_no_model_takes_is_refused_by_its_own_fault(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = released(tmp_path / "base", "teleflm")
+    source = open_model(base)
+    adapter = random_adapter(source, modules(source.config, ("q",)))
+    adapter.read("layers.1.attn.q.lora_b")[0, 0] = np.nan
+    write_adapter(tmp_path / "adapter", adapter)
+    with pytest.raises(UserError, match=r"adapter: layers.1.attn.q.lora_b: holds values that are not finite"):
+        tele(merge, base, tmp_path / "adapter", tmp_path / "x")
+    with pytest.raises(UserError, match=r"is an adapter, not a model; .* tele merge BASE .*adapter DST"):
+        open_model(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"no training state to resume; merge it into its base \(tele merge BASE "):
+        require_training_state(open_checkpoint(tmp_path / "adapter"))
+    write_peft(random_adapter(source, modules(source.config, ("q",))), tmp_path / "peft")
+    tele(merge, base, tmp_path / "peft", tmp_path / "merged")
+    assert "does not record the weights it was trained on, but the name 'base'; that" in capsys.readouterr().out
+    # transformers would load the named base and the adapter; here a model's folder is the model.
+    for file in (tmp_path / "peft").iterdir():
+        shutil.copyfile(file, base / file.name)
+    assert any(
+        "has an adapter of PEFT's beside the model, which acts only as" in note for note in open_model(base).notes
+    )
 
 
 def test_average_is_the_weighted_sum_rounded_once(tmp_path: Path) -> None:
