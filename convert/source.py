@@ -119,14 +119,24 @@ class ModelSource(ABC):
         """The files this model is made of: nothing else may be written over them."""
 
 
+def _passed_over(folder: Path) -> Iterator[str]:
+    """Notes on what of a released folder is not part of the model here."""
+    if (folder / "adapter_config.json").is_file():
+        yield f"{folder}: has an adapter of PEFT's beside the model, which acts only as --adapter {folder}"
+    if any(folder.glob("additional_chat_templates/*.jinja")):
+        yield (
+            f"{folder}: its additional_chat_templates are not copied to what is made from this model; copy the folder "
+            "beside the tokenizer there"
+        )
+
+
 class HfSource(ModelSource):
     """A released folder."""
 
     def __init__(self, folder: HfFolder) -> None:
         self.folder = folder
         self.path = folder.path
-        beside = f"{folder.path}: has an adapter of PEFT's beside the model, which acts only as --adapter {folder.path}"
-        self.notes = (*folder.notes, *([beside] if (folder.path / "adapter_config.json").is_file() else []))
+        self.notes = (*folder.notes, *_passed_over(folder.path))
         self.config = folder.config
         self.tokenizer_path = find_tokenizer(folder.path)
         self.record = folder.source_record()
