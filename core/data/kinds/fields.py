@@ -14,10 +14,19 @@ from telechat_twins.core.files.foreign import parse_value
 from telechat_twins.core.shown import printable, shown
 from telechat_twins.core.types import JsonObject
 
+_TYPE = "\ud800type"  # an unpaired surrogate, which no row that was read holds
+
+
+def typed(value: object) -> JsonObject:
+    """What stands, in the JSON by which rows of tables travel, for a date or bytes; only a reader of it minds."""
+    return {_TYPE: type(value).__name__}
+
 
 def found_type(value: object) -> str:
     """A value's type for a message, with the reason where a table made it one."""
     name = type(value).__name__ if value is not None else "nothing"
+    if isinstance(value, dict) and _TYPE in value:
+        name = str(value[_TYPE])
     return f"{name} (a column of dates; store it as text)" if name in ("datetime", "date", "Timestamp") else name
 
 
@@ -35,7 +44,7 @@ def listed(value: object, name: str, where: str) -> list[object]:
 
 def json_value(value: object, name: str, where: str) -> None:
     """UserError for what JSON cannot say, anywhere in ``value``: tables have dates, bytes, NaN and decimals."""
-    if isinstance(value, dict):
+    if isinstance(value, dict) and _TYPE not in value:
         for key, member in value.items():
             json_value(member, f"{name}.{key}", where)
     elif isinstance(value, list):

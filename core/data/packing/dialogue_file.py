@@ -13,6 +13,7 @@ from telechat_twins.core.data.dialogues import Dialogue, parse_dialogue
 from telechat_twins.core.data.forms.formats import JSON, LINES, form_of
 from telechat_twins.core.data.forms.json_rows import parse_row, raw_rows, row_place
 from telechat_twins.core.data.forms.streams import UTF8, OnBytes, check_encoding, open_file
+from telechat_twins.core.data.kinds.fields import typed
 from telechat_twins.core.data.kinds.messages import Reading
 from telechat_twins.core.data.rows import read_rows
 from telechat_twins.core.errors import UserError
@@ -109,14 +110,9 @@ class DialogueFile(Sequence[Dialogue]):
         if self._spool is None:
             self._spool = tempfile.TemporaryFile(dir=spool)  # noqa: SIM115 (lives as long as this object)
         for where, row in read_rows(path, None, encoding):
-            data = json.dumps([where, row], ensure_ascii=False, default=typed).encode()
+            data = json.dumps([where, row], ensure_ascii=False, default=typed).encode("utf-8", "surrogatepass")
             try:
                 self._add(-1, self._spool.tell(), len(data), 0, 0)
                 self._spool.write(data)
             except OSError as error:
                 raise UserError(f"{path}: no room for a temporary copy of its rows ({error.strerror})") from None
-
-
-def typed(value: object) -> dict[str, None]:
-    """For a date or bytes of a table: what a reader that wants text refuses; only one that reads it minds."""
-    return {type(value).__name__: None}

@@ -18,8 +18,8 @@ from telechat_twins.core.data.encoders.tasks import Encoded, Pace, TableRow, Tas
 from telechat_twins.core.data.forms.formats import JSON, LINES, form_of
 from telechat_twins.core.data.forms.json_rows import UnreadRow, parse_row, raw_rows
 from telechat_twins.core.data.forms.streams import OnBytes
+from telechat_twins.core.data.kinds.fields import typed
 from telechat_twins.core.data.kinds.messages import Reading, unused
-from telechat_twins.core.data.packing.dialogue_file import typed
 from telechat_twins.core.data.rows import read_rows, total_bytes
 from telechat_twins.core.data.sft import Counts, counted_samples
 from telechat_twins.core.data.tokenizer import Tokenizer

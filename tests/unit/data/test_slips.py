@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import datetime
 import json
+from pathlib import Path
 
 import pytest
 
@@ -14,6 +16,7 @@ from telechat_twins.core.data.kinds.table import KINDS
 from telechat_twins.core.data.kinds.teacher import parse_propositions
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.types import JsonObject
+from tests.unit.data.test_data_commands import tele_data
 
 SAYS, Q, A, NO = (
     {"role": role, "content": text}
@@ -161,7 +164,8 @@ def test_a_prompt_that_the_messages_say_is_left_out() -> None:
 def test_a_tables_index_is_harmless_and_other_keys_are_quoted() -> None:
     assert read({"": 3, "query": "q", "response": "a"}, Reading()).messages[0]["content"] == "q"
     assert read({"": "17", "query": "q", "response": "a"}, Reading()).messages[0]["content"] == "q"
-    for key, given in (("", "''"), ("my key", "'my key'")):
+    assert read({"Unnamed: 0.1": 0, "query": "q", "response": "a"}, Reading()).messages[0]["content"] == "q"
+    for key, given in (("", "''"), ("my key", "'my key'"), ("Unnamed: 3", "'Unnamed: 3'")):
         with pytest.raises(UserError, match=f"--ignore-key {given}$"):
             read({key: "text", "query": "q", "response": "a"}, Reading())
         assert read({key: "text", "query": "q", "response": "a"}, Reading(frozenset([key]))).messages
@@ -193,6 +197,36 @@ def test_what_judges_and_names_a_sample_is_harmless() -> None:
     assert read(row, reading).messages and {"helpfulness", "toxic"} <= reading.left_out
     pair = {"prompt": "q", "chosen": "a", "rejected": "b", "chosen-rating": 5.0, "rejected-model": "x"}
     assert parse_preference(pair, "rows:1", Reading())
+
+
+@pytest.mark.parametrize(
+    ("value", "says"), [(b"a", "found bytes"), (datetime.date(2024, 1, 1), "found date (a column of dates;")]
+)
+def test_a_tables_types_are_named_where_text_must_stand(value: object, says: str, tmp_path: Path) -> None:
+    """Rows reach the process that reads them as JSON, in which such a value is an object."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = tmp_path / "rows.parquet"
+    parquet.write_table(arrow.Table.from_pylist([{"instruction": "q", "output": value}]), table)
+    with pytest.raises(UserError) as error:
+        tele_data(table, "--out", tmp_path / "out", "--sft", "plain", "--seq-len", 400)
+    assert f"rows.parquet: row 1: 'output' must be text, {says}" in str(error.value)
+
+
+@pytest.mark.parametrize("sft", ["plain", "deepspeed", "mindformers"])
+@pytest.mark.parametrize(("value", "kind"), [(b"a", "bytes"), (datetime.datetime(2024, 1, 1), "datetime")])
+def test_a_tables_types_are_refused_inside_tools_and_calls(value: object, kind: str, sft: str, tmp_path: Path) -> None:
+    """Trained, a date in a call's arguments would be the object that stands for it on its way."""
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    table = tmp_path / "rows.parquet"
+    call = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"when": [value]}}]}
+    for row, place in (
+        ({"messages": [{**Q, "tool_calls": []}, call]}, "messages[1].tool_calls[0].arguments.when[0]"),
+        ({"instruction": "q", "output": "a", "tools": [{"name": "f", "since": value}]}, "tools[0].since"),
+    ):
+        parquet.write_table(arrow.Table.from_pylist([row]), table)
+        with pytest.raises(UserError) as error:
+            tele_data(table, "--out", tmp_path / "out", "--sft", sft, "--seq-len", 400)
+        assert f"rows.parquet: row 1: '{place}' is of type {kind}" in str(error.value)
 
 
 def test_an_empty_dialogue_names_its_key() -> None:
