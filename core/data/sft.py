@@ -148,6 +148,7 @@ def deepspeed_sequences(
         dialogue = dialogues[n]
         counts.rows += 1
         _refuse_context(dialogue, "deepspeed")
+        _refuse_unasked(dialogue)
         if dialogue.tool or dialogue.multiturn:
             others.append(n)
         else:
@@ -332,6 +333,17 @@ def _mindformers_tokens(text: str, tokenizer: Tokenizer, start_token: str) -> tu
         starts += started
     # Every <_start> of a pack ends up in front of the pack: the release puts each before all that came so far.
     return [tokenizer.control_id(START)] * starts + ids, [0] * starts + mask
+
+
+def _refuse_unasked(dialogue: Dialogue) -> None:
+    """UserError for an answer without a question of its own: the released mask counts one of each a turn."""
+    asked = sum(message["role"] == "user" for message in dialogue.messages)
+    answers = sum(message["role"] in ("bot", "assistant") for message in dialogue.messages)
+    if answers > asked:
+        raise UserError(
+            f"{dialogue.where}: {answers} answers but {asked} questions; the released mask needs a question to each "
+            "answer, use --sft plain"
+        )
 
 
 def _refuse_context(dialogue: Dialogue, pipeline: str) -> None:

@@ -49,7 +49,7 @@ description info name status success code msg message error total count page pag
 size format schema release object has_more first_id last_id homepage contributors contributor canary keywords
 """
 
-HARMLESS = frozenset(_HARMLESS.split()) | {"Unnamed: 0"}  # as pandas names an index without a name
+HARMLESS = frozenset(_HARMLESS.split())
 HARMLESS_OF_SAMPLES = HARMLESS.union(_OF_SAMPLES.split())
 HARMLESS_OF_FILE = HARMLESS_OF_SAMPLES.union(_OF_FILE.split())
 HARMLESS_OF_MESSAGE = frozenset(_OF_MESSAGE.split())
@@ -57,7 +57,7 @@ HARMLESS_OF_MESSAGE = frozenset(_OF_MESSAGE.split())
 
 def harmless(key: str, value: object, names: Collection[str]) -> bool:
     """Whether a key is one of ``names``, a label that is a set of categories and no verdict, or a table's index."""
-    if key == "":  # the column without a name that pandas writes
+    if key == "" or key.startswith("Unnamed: "):  # a column without a name, as pandas writes it and reads it again
         return isinstance(value, int) or (isinstance(value, str) and value.isdecimal())
     if key in ("turns", "items"):  # how many there are
         return isinstance(value, int) and names is HARMLESS_OF_SAMPLES

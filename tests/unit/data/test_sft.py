@@ -334,3 +334,10 @@ def test_rows_in_every_shape_mean_the_same():
     assert all(row.multiturn for row in rows)
     packs = [[p.ids.tolist() for p in mindformers_packs([row] * 5, tiny_tokenizer("mindformers"), 50)] for row in rows]
     assert packs[0] == packs[1] == packs[2] and packs[0]
+
+
+@pytest.mark.parametrize("roles", [["assistant", "user", "assistant"], ["user", "assistant", "assistant"], ["bot"]])
+def test_deepspeed_names_the_row_whose_answer_has_no_question(roles):
+    rows = [parse_dialogue({"messages": [{"role": role, "content": "x"} for role in roles]}, "rows.jsonl:7")]
+    with pytest.raises(UserError, match=r"rows.jsonl:7: \d answers but \d questions"):
+        list(deepspeed_sequences(rows, tiny_tokenizer(), 1000))
