@@ -104,6 +104,8 @@ def _unknown(name: str, known: Sequence[str], include: Sequence[Path]) -> str:
         return f"{file}: names the task '{name}', but is not read: correct its YAML or include"
     if name.endswith((".yaml", ".yml")):
         return f"--tasks: '{name}' is a file; give its folder, --include {Path(name).parent}, and the task's name in it"
+    if Path(name).is_dir():
+        return f"--tasks: '{name}' is a folder; give it as --include {name}, and the tasks' names in it"
     near = nearest(name, known)
     return f"--tasks: unknown task '{name}'; " + (
         f"did you mean '{near}'?" if near else "`lm-eval ls tasks` lists the harness's"

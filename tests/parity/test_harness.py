@@ -320,6 +320,7 @@ def test_members_of_groups_and_filters_are_judged_in_one_line(
         ("my_on?", ""),
         ("your_*", "--tasks: unknown task 'your_*'"),
         ("tasks/one.yaml", "is a file; give its folder, --include tasks, and the task's name in it"),
+        (str(tmp_path), f"is a folder; give it as --include {tmp_path}, and the tasks' names in it"),
         ("my_filter", "my_filter: the harness cannot run it (error: missing ), unterminated subpattern at"),
     ):
         words = ("--include", str(tmp_path), "--limit", "1")
