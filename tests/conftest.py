@@ -13,6 +13,9 @@ from hypothesis import settings
 # a framework is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+# xdist's workers have 80 columns; help has what its pages have, unless a test sets another width.
+os.environ["COLUMNS"] = "120"
+
 # A shell starts jobs in the background with Ctrl-C ignored, and nohup ignores the hangup, too; what is started from
 # there inherits that. Tests of interrupts send both.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
