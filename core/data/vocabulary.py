@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from pathlib import Path
 
 from telechat_twins.core.config import RunConfig
 from telechat_twins.core.errors import UserError
@@ -25,13 +26,18 @@ def most_padding(rows: int, pieces: int, own: bool) -> int:
 
 
 def fit_vocabulary(
-    config: ModelConfig, pieces: int, own: bool, added: Mapping[str, int | None] | None = None
+    config: ModelConfig,
+    pieces: int,
+    own: bool,
+    added: Mapping[str, int | None] | None = None,
+    path: str | Path = "tokenizer",
 ) -> tuple[ModelConfig, str | None]:
     """``config`` with ``vocab_tokens`` set where a tokenizer of so many pieces leaves padding rows, and a note on it.
 
     Unchanged, without a note, where the config itself sets ``vocab_tokens`` and where the tokenizer does not fit:
     then ``num_tokens`` differs from ``pieces``, which the caller refuses. ``added``: name -> id of tokens that files
-    beside the tokenizer add (core.data.encoders.special); UserError for one whose row would be taken for padding.
+    beside the tokenizer at ``path`` add (core.data.encoders.special); UserError for one whose row would be taken for
+    padding.
     """
     padding = config.vocab_size - pieces
     ids = (config.bos_token_id, config.filler_id, *config.stop_ids)
@@ -42,8 +48,8 @@ def fit_vocabulary(
     for name, index in (added or {}).items():
         if index is not None and pieces <= index < config.vocab_size:
             raise UserError(
-                f"tokenizer: {shown(name)} was added with id {index}, behind the {pieces} pieces that are read, so its "
-                "row is no padding; give the tokenizer.json that holds it, which transformers writes"
+                f"{path}: {shown(name)} was added with id {index} by a file beside it, behind the {pieces} pieces that "
+                "are read, so its row is no padding; give the tokenizer.json that holds it, which transformers writes"
             )
     return dataclasses.replace(config, vocab_tokens=pieces), (
         f"the vocabulary has {config.vocab_size} rows and the tokenizer {pieces} pieces: the last {padding} rows are "

@@ -238,7 +238,7 @@ class ChatModel:
             raise UserError("tokenizer: there is none beside the checkpoint; give the path of one")
         self.tokenizer = load_tokenizer(path, control=control, in_vocabulary=True)
         added = self.tokenizer.special.described
-        self.config, note = fit_vocabulary(source.config, self.tokenizer.vocab_size, tokenizer is None, added)
+        self.config, note = fit_vocabulary(source.config, self.tokenizer.vocab_size, tokenizer is None, added, path)
         if note is not None:
             print(f"note: {note}", file=sys.stderr)
         check_vocabulary(self.tokenizer, self.config)

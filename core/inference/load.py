@@ -130,7 +130,7 @@ def without_padding(config: ModelConfig, path: str | Path | None, own: bool) -> 
         tokenizer = load_tokenizer(path, control="none")
     except UserError:
         return config  # where text is needed, load_model refuses this tokenizer; without text it is no obstacle
-    config, note = fit_vocabulary(config, tokenizer.vocab_size, own, tokenizer.special.described)
+    config, note = fit_vocabulary(config, tokenizer.vocab_size, own, tokenizer.special.described, path)
     if note is not None:
         print(f"note: {note}", file=sys.stderr)
     return config

@@ -6,6 +6,7 @@ boxes that it holds.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -20,9 +21,11 @@ from telechat_twins.core.checkpoint.read import Checkpoint, open_checkpoint
 from telechat_twins.core.checkpoint.save import Asset
 from telechat_twins.core.checkpoint.source import OpenInitial, ReadBox, WeightSource
 from telechat_twins.core.config import RunConfig
+from telechat_twins.core.data.encoders.special import read_special
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.config import ModelConfig, load_model_config
 from telechat_twins.core.model.lora import AdapterRecord, described_ranks
+from telechat_twins.core.shown import shown
 from telechat_twins.core.types import JsonObject
 
 # Fields of ModelConfig in which a run may differ from the model it starts from. None changes what the weights compute:
@@ -134,13 +137,36 @@ def adopt_start(source: WeightSource, config: RunConfig) -> RunConfig:
     return dataclasses.replace(config, model=dataclasses.replace(config.model, growth=growth))
 
 
-def describe_start(source: WeightSource, digest: str) -> list[str]:
-    """Lines for the log."""
+def describe_start(source: WeightSource, model: ModelConfig, digest: str) -> list[str]:
+    """Lines for the log of a run of ``model``."""
     lines = [
         f"starts from the weights of {source.path} (fingerprint {digest[:12]}); optimizer, schedule and data position "
         "are new"
     ]
+    rows = source.config.vocab_size
+    if model.vocab_size < rows:
+        lines.append(f"note: of the {rows} rows of its vocabulary the first {model.vocab_size} are taken")
+    elif model.vocab_size > rows:
+        lines.append(f"note: {model.vocab_size - rows} rows are added to its vocabulary of {rows} as padding of zeros")
     return lines + [f"note: {note}" for note in source.notes]
+
+
+def added_note(source: WeightSource, model: ModelConfig) -> list[str]:
+    """A warning where a token that was added to the source's tokenizer has a row that ``model`` does not use."""
+    beside = {path.parent for path in source.assets}
+    lines = []
+    for folder in sorted(beside):
+        rows: dict[str, int] = {}
+        with contextlib.suppress(UserError):  # the data have a tokenizer of their own
+            rows = {name: index for name, index in read_special(folder).described.items() if index is not None}
+        behind = sorted(name for name, index in rows.items() if model.num_tokens <= index < source.config.vocab_size)
+        if behind:
+            lines.append(
+                f"warning: {folder}: {shown(behind[0])} was added to its tokenizer with id {rows[behind[0]]} and is "
+                f"none of the {model.num_tokens} pieces that the data were packed with: its row is not used. "
+                "Pack with the tokenizer.json that holds it, which transformers writes"
+            )
+    return lines
 
 
 def tokenizer_note(source: WeightSource, name: str, packed: bytes) -> list[str]:

@@ -20,6 +20,7 @@ from telechat_twins.core.train.run.hooks import Hook
 from telechat_twins.core.train.stages import Stage, StagedData, plan_stages, require_same_samples, stage_of
 from telechat_twins.core.train.start import (
     Lineage,
+    added_note,
     describe_adapter,
     describe_start,
     lineage_of,
@@ -68,9 +69,10 @@ class Run:
             self.notes.append(describe_adapter(self.adapter))
         self.lineage = lineage_of(source, self.stepper.rank == 0, record)
         if anew:
-            self.notes += describe_start(source, record["fingerprint"])
+            self.notes += describe_start(source, self.config.model, record["fingerprint"])
             data = self.data.first
             self.notes += tokenizer_note(source, data.tokenizer_name, data.tokenizer())
+            self.notes += added_note(source, self.config.model)
 
     def load(self, checkpoint: Checkpoint) -> None:
         """Continue where ``checkpoint`` was taken; notes for the log say what differs from the run that wrote it."""

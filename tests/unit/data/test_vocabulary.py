@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,6 +19,7 @@ from telechat_twins.core.inference.requests import Request, turn_stops
 from telechat_twins.core.inference.sampling import sampling_config
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.train import loop
+from telechat_twins.core.train.start import added_note, describe_start
 from tests.support.data_support import tiny_tokenizer, tiny_tokenizer_path
 from tests.support.engine_support import CONFIG, PlainRunner, finish, tokens_of
 from tests.support.numpy_stepper import VOCAB, MemoryBlend, NumpyStepper, run_config
@@ -39,10 +42,30 @@ def test_which_rows_are_padding() -> None:
 def test_the_row_of_an_added_token_is_no_padding() -> None:
     """A fine-tune's added_tokens.json names tokens that tokenizer.model does not have, and their rows are trained."""
     config = load_model_config({"preset": "telechat2-tiny", "vocab_size": 2112})
-    with pytest.raises(UserError, match=r"'<\|im_end\|>' was added with id 2048, behind the 2048 pieces that are read"):
-        fit_vocabulary(config, 2048, True, {"<_user>": 4, "<|im_end|>": 2048})
+    with pytest.raises(
+        UserError, match=r"^m/x: '<\|im_end\|>' was added with id 2048 by a file beside it, behind the 2048 "
+    ):
+        fit_vocabulary(config, 2048, True, {"<_user>": 4, "<|im_end|>": 2048}, "m/x")
     # What transformers adds to a release: <unk>, of which TeleChat2 has no row.
     assert fit_vocabulary(config, 2048, True, {"<unk>": 2112, "<_user>": 4, "<x>": None})[0].vocab_tokens == 2048
+
+
+def test_a_start_says_what_becomes_of_rows_of_the_vocabulary(tmp_path: Path) -> None:
+    theirs = load_model_config({"preset": "telechat2-tiny", "vocab_size": 2112})
+    (tmp_path / "added_tokens.json").write_text('{"<|im_end|>": 2049, "<_user>": 4, "<unk>": 2112}')
+    source: Any = SimpleNamespace(path=tmp_path, config=theirs, notes=(), assets=[tmp_path / "added_tokens.json"])
+    for rows, says in (
+        (2100, ["note: of the 2112 rows of its vocabulary the first 2100 are taken"]),
+        (2112, []),
+        (2176, ["note: 64 rows are added to its vocabulary of 2112 as padding of zeros"]),
+    ):
+        ours = dataclasses.replace(theirs, vocab_size=rows, vocab_tokens=2048)
+        assert describe_start(source, ours, "0" * 64)[1:] == says
+        (warning,) = added_note(source, ours)
+        assert "'<|im_end|>' was added to its tokenizer with id 2049 and is none of the 2048 pieces" in warning
+    assert added_note(source, theirs) == []  # all rows stand for tokens
+    (tmp_path / "added_tokens.json").write_text("{")
+    assert added_note(source, ours) == []
 
 
 def padded_logits(ids: object, vocab_size: int) -> np.ndarray:
