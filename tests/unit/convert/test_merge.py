@@ -173,6 +173,16 @@ def test_an_adapter_that_no_model_takes_is_refused_by_its_own_fault(
     )
 
 
+def test_templates_that_do_not_travel_are_noted(tmp_path: Path) -> None:
+    base = released(tmp_path / "base", "teleflm")
+    assert not any("additional_chat_templates" in note for note in open_model(base).notes)
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    assert any(
+        "its additional_chat_templates are not copied to what is made" in note for note in open_model(base).notes
+    )
+
+
 def test_average_is_the_weighted_sum_rounded_once(tmp_path: Path) -> None:
     scales = {"a": 1.0, "b": 1.25, "c": 0.3}
     folders = [released(tmp_path / n, "telechat2_gqa", lambda a, s=s: a * s) for n, s in scales.items()]  # type: ignore[misc]
