@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from telechat_twins.convert.copy import DTYPES, cast
-from telechat_twins.convert.hf.peft import adapters_below, is_peft, open_peft
+from telechat_twins.convert.hf.peft import check_adapter_folder, is_peft, open_peft
 from telechat_twins.convert.rounding import rounded
 from telechat_twins.convert.source import ModelSource, open_model
 from telechat_twins.core.checkpoint.adapter import A, Adapter, B, check_base, open_adapter
@@ -31,9 +31,8 @@ def open_any_adapter(path: str | Path, source: ModelSource, verify: bool = True)
         adapter = open_peft(folder, config)
     elif (folder / "config.json").is_file():
         raise UserError(f"{folder}: is a released model, not an adapter; give a folder with adapter_config.json")
-    elif not (folder / "manifest.json").is_file() and not (folder / "latest").is_file() and adapters_below(folder):
-        raise UserError(f"{folder}: is no adapter; below it are {adapters_below(folder)}: give one of them")
     else:
+        check_adapter_folder(folder)
         adapter = open_adapter(folder, verify)
     notes = check_base(adapter, config, source.read, model)
     return dataclasses.replace(adapter, notes=(*adapter.notes, *notes))

@@ -33,11 +33,13 @@ from telechat_twins.core.files.safetensors import (
 )
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.lora import AdapterBase
+from telechat_twins.core.near import near_path
 from telechat_twins.core.types import JsonObject
 
 WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 HALVES = ("lora_A", "lora_B")
+_ADAPTERS = (CONFIG, "manifest.json", "latest")  # by one of which a folder is an adapter's, or a run's
 _KEY = re.compile(r"(?P<module>.+)\.(?P<half>lora_[AB])(\.default)?\.weight")
 _METADATA = {"format": "pt"}
 # Parts of names of tensors that are no A or B of a linear layer, and what they are.
@@ -64,8 +66,8 @@ def open_peft(path: str | Path, config: ModelConfig) -> Adapter:
     """
     folder = standing(Path(path))
     where = str(folder / CONFIG)
-    if below := adapters_below(folder):
-        raise UserError(f"{folder}: is no adapter of PEFT's; below it are {below}: give one of them")
+    if not is_peft(folder):
+        raise _no_adapter(folder)
     values = load_json(folder / CONFIG, "PEFT's description of an adapter")
     settings = read_peft_config(values, where)
     file = SafetensorsFile(_weights(folder))
@@ -101,10 +103,24 @@ def open_peft(path: str | Path, config: ModelConfig) -> Adapter:
     )
 
 
-def adapters_below(folder: Path) -> str:
-    """Three adapter folders of PEFT's in a folder that is none, such as those of a trainer's steps; "" without any."""
-    found = [] if is_peft(folder) else sorted(folder.glob(f"*/{CONFIG}"))
-    return ", ".join(str(file.parent) for file in found[:3])
+def check_adapter_folder(folder: Path) -> None:
+    """UserError where an adapter's folder is a file, is not there, or is one of adapters (a trainer's steps)."""
+    if folder.is_file():
+        raise UserError(f"{folder}: is a file; give the folder of an adapter, e.g. {folder.parent}")
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected an adapter{near_path(folder)}")
+    below = [] if any((folder / name).is_file() for name in _ADAPTERS) else sorted(folder.glob(f"*/{CONFIG}"))
+    if below:
+        places = ", ".join(str(file.parent) for file in below[:3])
+        raise UserError(f"{folder}: is no adapter; below it are {places}: give one of them")
+
+
+def _no_adapter(folder: Path) -> UserError:
+    """The error for a folder without an adapter of PEFT's."""
+    check_adapter_folder(folder)
+    ours = any((folder / name).is_file() for name in _ADAPTERS)
+    way = "a checkpoint made here is --from canonical" if ours else "give the folder that PEFT saved"
+    return UserError(f"{folder}: has no {CONFIG}, so it is no adapter of PEFT's; {way}")
 
 
 def write_peft(adapter: Adapter, target: Path, dtype: str | None = None) -> None:

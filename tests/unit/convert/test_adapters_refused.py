@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 
 from telechat_twins.convert.adapter import open_any_adapter
 from telechat_twins.convert.hf.peft import open_peft, write_peft
+from telechat_twins.core.checkpoint.adapter import write_adapter
 from telechat_twins.core.errors import UserError
 from tests.support.adapters import golden_model, modules, random_adapter, tensors
 
@@ -177,9 +178,21 @@ def test_names_without_pefts_prefix_are_read_and_kept(folder: Path, tmp_path: Pa
         assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "bare" / name).read_bytes()
 
 
-def test_adapters_below_a_folder_are_named(folder: Path, tmp_path: Path) -> None:
+def test_what_is_no_adapters_folder_is_said(folder: Path, tmp_path: Path) -> None:
     source = golden_model("teleflm")
-    shutil.copytree(folder, tmp_path / "checkpoint-2")
-    for opened in (lambda: open_peft(tmp_path, source.config), lambda: open_any_adapter(tmp_path, source)):
-        with pytest.raises(UserError, match="is no adapter.*below it are .*checkpoint-2: give one of them"):
-            opened()
+    shutil.copytree(folder, tmp_path / "steps" / "checkpoint-2")
+    for path, says in (
+        (tmp_path / "steps", "is no adapter; below it are .*checkpoint-2: give one of them"),
+        (tmp_path / "step", "no such folder; expected an adapter; did you mean '.*/steps'"),
+        (folder / "adapter_model.safetensors", "is a file; give the folder of an adapter, e.g. .*good$"),
+    ):
+        for opened in (lambda path: open_peft(path, source.config), lambda path: open_any_adapter(path, source)):
+            with pytest.raises(UserError, match=says):
+                opened(path)
+    write_adapter(tmp_path / "ours", random_adapter(source, modules(source.config, ("q",))))
+    for path, says in (
+        (tmp_path / "ours", "made here is --from canonical"),
+        (tmp_path, "give the folder that PEFT saved"),
+    ):
+        with pytest.raises(UserError, match=f"has no adapter_config.json, so it is no adapter of PEFT's; .*{says}"):
+            open_peft(path, source.config)
