@@ -109,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
     from telechat_twins.core.config import load_run_config, naming_lines
     from telechat_twins.core.data.blend import open_blend
     from telechat_twins.core.data.vocabulary import fit_run
+    from telechat_twins.core.eval.beforehand import check_evaluations
     from telechat_twins.core.launch.command import check_nodes, node_logs
     from telechat_twins.core.launch.launcher import launch
     from telechat_twins.core.launch.restarts import launch_with_restarts
@@ -136,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
         peak_flops(config)
         require_trackers(config.track)
         blend = StagedData(config, open_blend).first
+        check_evaluations(config, blend)
         resumed = None if args.resume is None or (args.resume == "auto" and is_new(out)) else args.resume
         if config.train.init is not None and (resumed is None or config.lora is not None):
             _require_base(config.train.init, out if resumed == "auto" else resumed)

@@ -30,7 +30,7 @@ from telechat_twins.core.train.agreement import raise_on_all, require_same_on_al
 from telechat_twins.core.train.health import TrainingStopped
 from telechat_twins.core.train.heldout.evaluate import HeldOut
 from telechat_twins.core.train.heldout.scores import check_folders, open_scores
-from telechat_twins.core.train.heldout.sources import open_held_out
+from telechat_twins.core.train.heldout.sources import open_held_out, trained_on
 from telechat_twins.core.train.metrics import Row
 from telechat_twins.core.train.recipe import with_steps
 from telechat_twins.core.train.records import Records, Signals, header
@@ -137,7 +137,7 @@ def _train(
         # Not before the ranks have met: only then does each know which it is, however it was started.
         run_on_all(stepper, lambda: _hold(folder, held) if stepper.rank == 0 else None)
     run = Run(stepper, config, folder, data, held_out)
-    run.notes += padding + length
+    run.notes += padding + length + trained_on(config)
     run.recorder = None if open_recorder is None else open_recorder(config, folder)
     run.hooks += run_on_all(stepper, lambda: open_profile(config, folder, stepper))
     run.hooks += run_on_all(stepper, lambda: open_scores(config, folder, stepper))

@@ -62,6 +62,19 @@ def open_held_out(config: RunConfig, trained: Blend) -> list[HeldOutSource]:
     return found
 
 
+def trained_on(config: RunConfig) -> list[str]:
+    """Warnings for sources of ``eval`` that the run trains on, too: their loss says nothing of other text."""
+    if config.eval is None:
+        return []
+    stages = [stage.sources or [] for stage in config.train.stages or []]
+    trained = {Path(source.path).resolve() for sources in (config.data.sources, *stages) for source in sources}
+    return [
+        f"warning: eval.sources[{number}]: {source.path} is trained on, too; its loss says nothing of other text"
+        for number, source in enumerate(config.eval.sources)
+        if Path(source.path).resolve() in trained
+    ]
+
+
 def byte_lengths(tokenizer: Tokenizer) -> np.ndarray:
     """Bytes of text that each token adds, int64 [V]; 0 for control tokens."""
     sizes = (
