@@ -31,7 +31,6 @@ from telechat_twins.core.train.health import TrainingStopped
 from telechat_twins.core.train.heldout.evaluate import HeldOut
 from telechat_twins.core.train.heldout.scores import check_folders, open_scores
 from telechat_twins.core.train.heldout.sources import open_held_out, trained_on
-from telechat_twins.core.train.metrics import Row
 from telechat_twins.core.train.recipe import with_steps
 from telechat_twins.core.train.records import Records, Signals, header
 from telechat_twins.core.train.reference import Reference, check_preference, origin_of, prepare
@@ -229,7 +228,7 @@ def _steps(run: Run, signals: Signals, records: Records, total: int, saves: bool
         due = bool(every) and run.state.step % every == 0
         for hook in run.hooks:
             hook.after_step(row, saves and (best or due or run.state.step == total), records.note)
-        caught = _agree(run, signals, _recorded(run, records, row))
+        caught = _agree(run, signals, _recorded(run, functools.partial(records.step, row)))
         if saves and (best or due):
             save(run, run.config.checkpoint.asynchronous and not best)
             if best:
@@ -256,7 +255,7 @@ def _judge(run: Run, signals: Signals, records: Records, hooks: Sequence[Hook]) 
     for hook in hooks:
         row = hook.judge(step, step_folder(run), records.note, lambda: _agree(run, signals) is not None)
         if _agree(run, signals) is None:
-            run_on_all(run.stepper, functools.partial(records.more, step, row))
+            _agree(run, signals, _recorded(run, functools.partial(records.more, step, row)))
             hook.judged(step)
 
 
@@ -283,10 +282,10 @@ def _agree(run: Run, signals: Signals, problem: str | None = None) -> int | None
     return int(caught) or None
 
 
-def _recorded(run: Run, records: Records, row: Row) -> str | None:
-    """Record a step; the line for the user if the disk is full."""
+def _recorded(run: Run, record: Callable[[], None]) -> str | None:
+    """Record figures of a step; the line for the user if the disk is full."""
     try:
-        records.step(row)
+        record()
     except OSError as error:
         if error.errno not in _NO_SPACE:
             raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -18,7 +19,7 @@ from telechat_twins.core.train import loop, records
 from telechat_twins.core.train.heldout import scores
 from telechat_twins.core.train.heldout.due import was_due
 from telechat_twins.core.train.heldout.scores import SAMPLES, CheckpointScores, open_scores, samples_of
-from telechat_twins.core.train.metrics import MEASURED, last_row, plot_losses, read_metrics
+from telechat_twins.core.train.metrics import MEASURED, MetricsLog, last_row, plot_losses, read_metrics
 from tests.campaigns.killing import ROOT
 from tests.support.numpy_stepper import Cluster, MemoryBlend, NumpyStepper, run_config
 
@@ -245,15 +246,15 @@ def figures_of(run: Path) -> list[dict]:
 def test_a_signal_before_the_evaluation_leaves_it_to_the_resumed_run(tmp_path, monkeypatch, step):
     """The checkpoint of step 4 was due, that of step 3 only the signal's: a run without interruption has none."""
     stand_in(monkeypatch, STAND_IN.replace("FAILS", "-1"))
-    real = loop._recorded
+    real = records.Records.step
 
-    def recorded(run, kept, row):
+    def recorded(kept, row):
         if row["step"] == step:
             os.kill(os.getpid(), 15)
-        return real(run, kept, row)
+        real(kept, row)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop, "_recorded", recorded)
+        patch.setattr(records.Records, "step", recorded)
         assert loop.train(Stepper, config_of(), tmp_path).interrupted_by == 15
     assert not (tmp_path / "evaluations" / f"step-{step:08d}").exists()
     loop.train(Stepper, config_of(), tmp_path, resume="auto")
@@ -268,6 +269,34 @@ def test_a_failed_evaluation_is_tried_again_by_the_run_that_goes_on_from_it(tmp_
     loop.train(Stepper, config_of(), tmp_path, resume="auto")
     assert read_metrics(tmp_path)[4]["tasks/arc/acc"] == 0.05
     assert "step 4: " not in capsys.readouterr().err.replace("after step 4: ", "")
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_disk_that_is_full_of_scores_ends_all_ranks_and_loses_none(tmp_path, monkeypatch, world):
+    stand_in(monkeypatch, STAND_IN.replace("FAILS", "-1"))
+    real = MetricsLog.append
+
+    def append(log, row):
+        if row["step"] == 4 and "tasks/arc/acc" in row:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(log, row)
+
+    parallel = config_of().to_dict() | ({"parallel": {"dp": 2}} if world == 2 else {})
+    config = run_config_from_dict(parallel)
+
+    def train(out: Path, resume: str | None = None) -> list:
+        cluster = Cluster(world, timeout_s=20)
+        return cluster.run(lambda rank: loop.train(lambda c: Stepper(c, None, cluster, rank), config, out, resume))
+
+    train(tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "append", append)
+        ends = train(tmp_path / "full")
+    for end in ends:
+        assert isinstance(end, UserError) and "the disk is full (No space left on device) after step 4" in str(end)
+        assert "go on with --resume auto" in str(end) and f"intact: {tmp_path / 'full' / 'step-00000004'}" in str(end)
+    train(tmp_path / "full", "auto")
+    assert figures_of(tmp_path / "full") == figures_of(tmp_path / "whole")
 
 
 def test_a_run_in_another_folder_says_what_was_left_unfinished(tmp_path, monkeypatch, capsys):
