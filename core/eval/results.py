@@ -9,9 +9,11 @@ from pathlib import Path
 
 from telechat_twins.core.eval.presets import TaskPlan
 from telechat_twins.core.files.atomic import write_text
+from telechat_twins.core.shown import printable
 from telechat_twins.core.types import JsonObject
 
 FORMAT = 1
+OPTIONS = ("chat", "multiturn", "system", "limit")  # on which scores depend, and answers only as they are asked
 
 
 def summarised(plan: TaskPlan, found: JsonObject) -> JsonObject:
@@ -65,6 +67,22 @@ def write_results(folder: Path, facts: JsonObject, tasks: Mapping[str, JsonObjec
     write_text(folder / "items.jsonl", lines)
     write_text(folder / "results.json", json.dumps(whole, ensure_ascii=False, indent=2, default=str) + "\n")
     write_text(folder / "results.md", markdown(facts, tasks))
+
+
+def replaced(folder: Path, facts: JsonObject, plans: Sequence[TaskPlan]) -> str:
+    """What a run of ``plans`` will no longer find in the results of ``folder``: tasks that it does not have, options
+    and shots that it has otherwise; "" for nothing, and for no results."""
+    try:
+        former = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+        tasks, shots = former["tasks"], {plan.name: plan.shots for plan in plans}
+        gone = [name for name in tasks if name not in shots]
+        other = [f"--{name}" for name in OPTIONS if former.get(name, facts[name]) != facts[name]]
+        if any(shots.get(name) not in (None, task["shots"]) for name, task in tasks.items()):
+            other.append("--shots")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return ""
+    parts = ((f"scores of {printable(', '.join(gone), 200)}", gone), (f"other {', '.join(other)}", other))
+    return "; ".join(part for part, told in parts if told)
 
 
 def read_items(folder: Path) -> list[JsonObject]:

@@ -20,7 +20,7 @@ from telechat_twins.core.eval.harness import RunOptions, run_task
 from telechat_twins.core.eval.identity import identity_of
 from telechat_twins.core.eval.journal import Journal
 from telechat_twins.core.eval.presets import TaskPlan
-from telechat_twins.core.eval.results import items, read_items, summarised, table, write_results
+from telechat_twins.core.eval.results import OPTIONS, items, read_items, replaced, summarised, table, write_results
 from telechat_twins.core.eval.task_index import open_tasks, spelt_out
 from telechat_twins.core.files.atomic import write_text
 from telechat_twins.core.inference.engine import Engine, EngineLimits
@@ -141,6 +141,12 @@ def evaluate_one(
     served = Served(config, model.tokenizer, max_len, stops, model.layout if args.chat else None, args.add_bos)
     tasks: dict[str, JsonObject] = {}
     rows: list[JsonObject] = []
+    if former := replaced(out, facts, plans):
+        print(
+            f"note: {out / 'results.json'} of an earlier run is replaced ({former}); its command gives it again, from "
+            "the answers in the journal",
+            file=sys.stderr,
+        )
     with Journal(out / "journal.jsonl", facts["identity"]) as journal:
         if journal.earlier:
             print(f"note: {journal.earlier} answers of an earlier run are used again", file=sys.stderr)
@@ -208,7 +214,7 @@ def _facts(args: argparse.Namespace, model: Loaded) -> JsonObject:
     """What results.json says of model and options; ``identity`` is all that answers depend on."""
     from importlib.metadata import version
 
-    settings = ("backend", "checkpoint", "adapter", "precision", "quantize", "chat", "limit")
+    settings = ("backend", "checkpoint", "adapter", "precision", "quantize", "data", *OPTIONS)
     return {
         **{name: getattr(args, name) for name in settings},
         "versions": {name: version(name) for name in ("lm_eval", "datasets", "numpy")},

@@ -88,6 +88,10 @@ def test_an_interrupted_evaluation_continues(place: Path, capsys: pytest.Capture
     found = compare_items(whole, rows(place / "once")[: len(whole)])["made_choices"]
     assert found["flipped"] == 0 and found["largest_difference"] < 1e-5  # of sums in other company
     assert len(journal.read_bytes().splitlines()) > len(lines)
+    assert tele(place, "once", "--limit", "2", tasks=("made_choices",)) == 0
+    assert (
+        "results.json of an earlier run is replaced (scores of made_answers; other --limit)" in capsys.readouterr().err
+    )
     assert tele(place, "once", "--precision", "bf16", tasks=("made_choices",)) == 2
     assert "was begun with other options (precision)" in capsys.readouterr().err
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from telechat_twins.core.eval.compare import compare_items, is_close, lines
 from telechat_twins.core.eval.journal import Journal, digest_of
 from telechat_twins.core.eval.local_files import read_records
 from telechat_twins.core.eval.presets import PRESETS, TaskPlan
-from telechat_twins.core.eval.results import items, markdown, summarised, table, write_results
+from telechat_twins.core.eval.results import items, markdown, replaced, summarised, table, write_results
 from telechat_twins.core.eval.session import _close, _notes
 from telechat_twins.core.types import JsonObject
 
@@ -174,3 +175,22 @@ def test_presets_have_the_published_shots_and_scores() -> None:
     assert round(average, 2) == 56.60  # the average that the table prints
     average = sum(plan.published["Tele-FLM"] for plan in PRESETS["teleflm-zh"]) / 5
     assert round(average, 2) == 71.13
+
+
+def test_results_that_a_run_replaces_are_named(tmp_path: Path) -> None:
+    """Of other tasks, options or shots; nothing is said where the same command goes on."""
+    plan = TaskPlan("made", 5, "acc_norm", {"Tele": 80.0})
+    facts: JsonObject = {"chat": False, "multiturn": False, "system": None, "limit": None}
+    assert replaced(tmp_path, facts, [plan]) == ""
+    write_results(tmp_path, facts, {"made": summarised(plan, FOUND)}, [])
+    assert replaced(tmp_path, facts, [plan]) == replaced(tmp_path, facts, [replace(plan, shots=None)]) == ""
+    other = replace(plan, name="other")
+    assert replaced(tmp_path, facts, [plan, other]) == ""
+    assert replaced(tmp_path, facts, [other]) == "scores of made"
+    assert replaced(tmp_path, {**facts, "limit": 5, "system": "s"}, [other]) == (
+        "scores of made; other --system, --limit"
+    )
+    assert replaced(tmp_path, facts, [replace(plan, shots=0)]) == "other --shots"
+    for damaged in ("[]", "{", '{"tasks": 3}'):
+        (tmp_path / "results.json").write_text(damaged)
+        assert replaced(tmp_path, facts, [plan]) == ""
