@@ -157,7 +157,13 @@ def read_tools(value: object, name: str, where: str, bare: bool = False) -> list
     if is_empty(value):
         return None
     tools: list[object] = [_tool(tool, f"{name}[{n}]", where) for n, tool in enumerate(json_list(value, name, where))]
-    return [{"type": "function", "function": tool} for tool in tools] if bare else tools
+    return [_wrapped(tool) for tool in tools] if bare else tools
+
+
+def _wrapped(tool: object) -> object:
+    """A function as a tool; one that stands as a tool already is one."""
+    is_tool = isinstance(tool, dict) and isinstance(tool.get("function"), dict)
+    return tool if is_tool else {"type": "function", "function": tool}
 
 
 def _tool(value: object, name: str, where: str) -> JsonObject:
@@ -165,7 +171,7 @@ def _tool(value: object, name: str, where: str) -> JsonObject:
     if isinstance(value, str):
         with contextlib.suppress(ValueError):
             value = parse_value(value.encode())
-    if not isinstance(value, dict):
+    if not isinstance(value, dict) or not value:
         raise UserError(f"{where}: '{name}' must be an object that describes a tool, found {shown(value)}")
     json_value(value, name, where)
     return value

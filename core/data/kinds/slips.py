@@ -40,9 +40,16 @@ def slips(messages: Sequence[JsonObject], tags: bool) -> Iterator[str]:
         yield "dialogues hold messages written as text, in marks of JSON or Python, which are learnt too"
     if mark := next((found for said in spoken if (found := _foreign(said))), ""):
         yield f"dialogues hold {mark}, a mark of another chat layout, as letters of their texts"
+    if any(m["role"] in _ANSWERS and _half_thought(m["content"] or "") for m in messages):
+        yield "dialogues hold an answer with <think> or </think> alone, whose reasoning has no beginning or no end"
     if not tags and any(m["role"] in _ANSWERS and has_call(m["content"] or "") for m in messages):
         yield "dialogues hold a call in the text of an answer and no tools, so its tags are learnt as letters"
     yield from _turns_out_of_order(messages, tags)
+
+
+def _half_thought(said: str) -> bool:
+    """Whether an answer opens reasoning that it does not close, or the other way round."""
+    return said.lstrip().startswith("<think>") != ("</think>" in said)
 
 
 def _foreign(said: str) -> str:

@@ -54,6 +54,10 @@ def read(row: JsonObject, reading: Reading) -> Dialogue:
         ([asked("Below is a task.\n\n### Response:\n"), A], ["hold ### Response:, a mark"]),
         ([asked("<\uff5cUser\uff5c>q"), A], ["hold <\uff5cUser\uff5c>, a mark"]),
         ([asked("[{'role': 'user', 'content': 'q'}]"), A], ["hold messages written as text"]),
+        ([Q, {**A, "content": "r</think>a"}], ["<think> or </think> alone"]),
+        ([Q, {**A, "content": "<think>r a"}], ["<think> or </think> alone"]),
+        ([Q, {**A, "content": "\n<think>r</think>a"}], []),
+        ([{**Q, "content": "what does <think> mean?"}, A], []),
         ([Q, A, Q, A], []),
         ([SAYS, Q, CALLS, RESULT, RESULT, A], []),
         ([Q, CALLS, RESULT, CALLS, RESULT, A], []),
@@ -227,6 +231,16 @@ def test_a_tables_types_are_refused_inside_tools_and_calls(value: object, kind: 
         with pytest.raises(UserError) as error:
             tele_data(table, "--out", tmp_path / "out", "--sft", sft, "--seq-len", 400)
         assert f"rows.parquet: row 1: '{place}' is of type {kind}" in str(error.value)
+
+
+def test_tools_under_the_older_key_are_tools_once() -> None:
+    function = {"name": "f", "parameters": {}}
+    tool = {"type": "function", "function": function}
+    for given in (function, tool, json.dumps(tool)):
+        assert read({"messages": [Q, A], "functions": [given]}, Reading()).tools == [tool]
+    for key in ("tools", "functions"):
+        with pytest.raises(UserError, match=rf"'{key}\[1\]' must be an object that describes a tool, found"):
+            read({"messages": [Q, A], key: [function, {}]}, Reading())
 
 
 def test_an_empty_dialogue_names_its_key() -> None:
