@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import sys
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from telechat_twins.core.backends import install_command
 from telechat_twins.core.errors import UserError
@@ -84,7 +86,13 @@ def run_task(plan: TaskPlan, model: EngineModel, manager: TaskManager, options: 
         raise UserError(unsafe(plan.name))
     if plan.name in SENTENCES:
         _require_sentences(plan.name, options.data)
-    with _bars(options.quiet), _no_git(), local_data(options.data) as sets, task_errors(plan.name, options.data, sets):
+    with (
+        _bars(options.quiet),
+        _no_git(),
+        warned(plan.name),
+        local_data(options.data) as sets,
+        task_errors(plan.name, options.data, sets),
+    ):
         found = simple_evaluate(
             model=model,
             tasks=[plan.name],
@@ -100,6 +108,29 @@ def run_task(plan: TaskPlan, model: EngineModel, manager: TaskManager, options: 
         )
     assert found is not None  # a model of rank 0
     return dict(found)
+
+
+@contextlib.contextmanager
+def warned(name: str) -> Iterator[None]:
+    """What numpy says of the harness's own sums, as a note on the task ``name``, once, in place of its lines of code.
+
+    Choices and texts without a character are divided by their length: such a choice never wins by acc_norm, or always
+    does where its log-likelihood is 0, too.
+    """
+    told: set[str] = set()
+
+    def show(message: Warning | str, category: type[Warning], file: str, *rest: Any) -> None:
+        if not issubclass(category, RuntimeWarning) or "lm_eval" not in Path(file).parts:
+            former(message, category, file, *rest)
+        elif str(message) not in told:
+            told.add(str(message))
+            why = "; a choice or text of an item holds no character, so scores by length (acc_norm) mean nothing there"
+            print(f"note: {name}: {message}{why * ('divide' in str(message))}", file=sys.stderr)
+
+    former = warnings.showwarning
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]  # its last two are optional
+        yield
 
 
 @contextlib.contextmanager

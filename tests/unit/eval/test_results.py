@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import pytest
 
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.eval.compare import compare_items, is_close, lines
+from telechat_twins.core.eval.harness import warned
 from telechat_twins.core.eval.journal import Journal, digest_of
 from telechat_twins.core.eval.local_files import read_records
 from telechat_twins.core.eval.presets import PRESETS, TaskPlan
@@ -194,3 +196,16 @@ def test_results_that_a_run_replaces_are_named(tmp_path: Path) -> None:
     for damaged in ("[]", "{", '{"tasks": 3}'):
         (tmp_path / "results.json").write_text(damaged)
         assert replaced(tmp_path, facts, [plan]) == ""
+
+
+def test_what_numpy_says_of_the_harness_is_one_note_a_task(capsys: pytest.CaptureFixture[str]) -> None:
+    """Two lines of its code divide by the length of a choice; other warnings go their way."""
+    with pytest.warns(UserWarning, match="mine"), warned("made"):
+        for line, kind in ((1, "divide by zero"), (2, "divide by zero"), (3, "invalid value"), (3, "overflow")):
+            said = f"{kind} encountered in {'exp' if kind == 'overflow' else 'divide'}"
+            warnings.warn_explicit(said, RuntimeWarning, "/x/lm_eval/api/task.py", line)
+        warnings.warn("mine", UserWarning, stacklevel=1)
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert first.startswith("note: made: divide by zero encountered in divide; a choice or text of an item holds no")
+    assert "invalid value encountered in divide; a choice" in second
+    assert third == "note: made: overflow encountered in exp"
