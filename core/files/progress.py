@@ -2,7 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
+from typing import Any, TextIO
+
+
+def bar_width(stream: TextIO) -> dict[str, Any]:
+    """What keeps a tqdm bar on one line: the terminal's width at each refresh; for a rank's log, which the launcher
+    copies to its terminal, COLUMNS, which it sets. tqdm itself does not read that."""
+    try:
+        terminal = os.isatty(stream.fileno())
+    except (OSError, ValueError):
+        terminal = False
+    return {"dynamic_ncols": True} if terminal else {"ncols": max(shutil.get_terminal_size().columns - 1, 20)}
 
 
 class Progress:
@@ -12,7 +25,13 @@ class Progress:
         from tqdm import tqdm
 
         self._bar = tqdm(
-            total=total, desc=title, unit="B", unit_scale=True, file=sys.stderr, disable=None, dynamic_ncols=True
+            total=total,
+            desc=title,
+            unit="B",
+            unit_scale=True,
+            file=sys.stderr,
+            disable=None,
+            **bar_width(sys.stderr),
         )
 
     def update(self, count: int) -> None:

@@ -7,6 +7,7 @@ import time
 from collections import deque
 from typing import TextIO
 
+from telechat_twins.core.files.progress import bar_width
 from telechat_twins.core.shown import from_here
 from telechat_twins.core.train.metrics import Row
 
@@ -28,7 +29,7 @@ class Console:
         if self._stream.isatty():
             from tqdm import tqdm
 
-            self._bar = tqdm(total=total, initial=done, unit="step", file=self._stream, dynamic_ncols=True)
+            self._bar = tqdm(total=total, initial=done, unit="step", file=self._stream, **bar_width(self._stream))
 
     def note(self, text: str) -> None:
         """A line that stays: above the bar on a terminal. Paths inside the working folder are named from there."""
