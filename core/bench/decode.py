@@ -15,7 +15,7 @@ from contextlib import ExitStack
 
 from telechat_twins.core import backends
 from telechat_twins.core.bench.step import facts, machine, model_name
-from telechat_twins.core.bench.worker import LLAMA_CPP, Worker, bench_config, paired_ratios, spread
+from telechat_twins.core.bench.worker import LLAMA_CPP, Worker, bar, bench_config, paired_ratios, spread
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.params import parameter_table
 from telechat_twins.core.model.precision import PRECISION
@@ -51,11 +51,13 @@ def measure_decode(
         modules = {name: _MODULES.get(name, _MODULE) for name in names}
         workers = {name: stack.enter_context(Worker(name, options, module=modules[name])) for name in names}
         made = {name: worker.implementation for name, worker in workers.items()}
+        shown = stack.enter_context(bar(len(turns) * (1 + -(-steps // block))))
         for number in range(-1, -(-steps // block)):
             for name in names if number % 2 == 0 else reversed(names):
                 for count in (count for count in rows if _takes(name, count)):
                     left = block if number < 0 else min(block, steps - number * block)
                     answer = workers[name].ask({"rows": count, "prompt": prompt, "steps": left})
+                    shown.update()
                     if number >= 0:
                         turns[name, count].append(answer)
     config = bench_config(options).model

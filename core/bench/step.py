@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-from telechat_twins.core.bench.worker import TITLES, Worker, bench_config, paired_ratios, spread
+from telechat_twins.core.bench.worker import TITLES, Worker, bar, bench_config, paired_ratios, spread
 from telechat_twins.core.model.flops import flops_per_token
 from telechat_twins.core.model.params import count_parameters
 from telechat_twins.core.types import JsonObject
@@ -24,8 +24,16 @@ def measure(options: JsonObject, names: list[str], steps: int, block: int) -> Js
     """Measure whole optimizer steps: one block for each contestant that is not counted, then blocks up to ``steps``."""
     with ExitStack() as stack:
         workers = {name: stack.enter_context(Worker(name, options)) for name in names}
-        losses = {name: worker.steps(block)["loss"] for name, worker in workers.items()}
-        seconds = _rounds(names, steps, block, lambda name, count: workers[name].steps(count)["seconds"])
+        with bar(len(names) * (1 + -(-steps // block))) as shown:
+
+            def turn(name: str, count: int) -> JsonObject:
+                shown.set_postfix_str(TITLES[name])
+                answer = workers[name].steps(count)
+                shown.update()
+                return answer
+
+            losses = {name: turn(name, block)["loss"] for name in names}
+            seconds = _rounds(names, steps, block, lambda name, count: turn(name, count)["seconds"])
         made = {name: worker.implementation for name, worker in workers.items()}
     return {
         **facts(options),

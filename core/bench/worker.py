@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol, cast
 
 import numpy as np
 
@@ -32,6 +32,9 @@ from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.model.config import load_model_config
 from telechat_twins.core.parallel.layout import parse_layout
 from telechat_twins.core.types import JsonObject
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 EAGER = "eager"  # the released code's composition in PyTorch, kernels/bench/eager.py
 # transformers' Llama of the same shapes, kernels/bench/hf_step.py, and the same through torch.compile.
@@ -70,6 +73,13 @@ class PhasedTrainer(Trainer, Protocol):
     """A backend's trainer, which can also run forward alone."""
 
     def gradients(self, batch: Batch, num_targets: int, loss_scale: float, /, backward: bool = True) -> float: ...
+
+
+def bar(turns: int) -> tqdm:
+    """A progress bar over the turns of all contestants; on a terminal only, since the report has what was measured."""
+    from tqdm import tqdm
+
+    return tqdm(total=turns, unit="turn", file=sys.stderr, disable=None, dynamic_ncols=True)
 
 
 def bench_config(options: JsonObject) -> RunConfig:

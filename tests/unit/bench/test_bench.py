@@ -1,6 +1,7 @@
 """tele bench: the arithmetic of a paired measurement, its table, and the two workers' turns."""
 
 import argparse
+import io
 import json
 from pathlib import Path
 
@@ -167,3 +168,16 @@ def test_a_bad_out_is_found_before_measuring(tmp_path: Path, capsys: pytest.Capt
         assert main(["bench", "step", "--out", str(out)]) == 2
         error = capsys.readouterr().err
         assert error.startswith("tele: --out") and says in error and error.count("\n") == 1
+
+
+def test_turns_are_counted_on_a_terminal(monkeypatch, capsys):
+    monkeypatch.setattr(bench_step, "Worker", TwoWorkers)
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True, raising=False)
+    monkeypatch.setattr("sys.stderr", screen)
+    assert bench.run(arguments("--steps", "4", "--block", "2")) == 0
+    assert "6/6 [" in screen.getvalue() and "PyTorch" in screen.getvalue()
+    screen = io.StringIO()  # in a log the report is all
+    monkeypatch.setattr("sys.stderr", screen)
+    assert bench.run(arguments("--steps", "4", "--block", "2")) == 0
+    assert screen.getvalue() == ""
