@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
+from collections.abc import Iterator
+
 from telechat_twins.core.backends import install_command
 from telechat_twins.core.cli import VERBS, Parser, command_module
+from telechat_twins.core.config import bundled_names
 from telechat_twins.core.errors import UserError
+from telechat_twins.core.model.config import CONFIGS, preset_names
 from telechat_twins.core.near import nearest
 
 SHELLS = ("bash", "zsh", "tcsh")
@@ -33,4 +38,30 @@ def script(shell: str) -> str:
         raise UserError(
             f"--print-completion: needs the package shtab, which is not installed; run: {install_command('completion')}"
         ) from None
-    return shtab.complete(whole_parser(), shell)
+    parser, names = whole_parser(), _bundled()
+    for action in _free(parser):
+        # Without a function of its own an argument completes nothing, not even paths, which most of them are.
+        known = {"bash": f"_tele_{action.dest}_file"} if action.dest in names else {}
+        action.complete = shtab.FILE | known  # type: ignore[attr-defined]
+    text = "".join(
+        f'_tele_{dest}_file() {{\n  compgen -W "{" ".join(words)}" -- "$1"\n  compgen -f -- "$1"\n}}\n'
+        for dest, words in names.items()
+    )
+    return shtab.complete(parser, shell, preamble=text if shell == "bash" else "")
+
+
+def _bundled() -> dict[str, list[str]]:
+    """Where an argument may name something bundled: its name in a namespace -> the names."""
+    machines = sorted(file.stem for file in (CONFIGS / "machines").glob("*.yaml"))
+    named = {"config": bundled_names("train"), "growth": bundled_names("growth"), "machine": machines}
+    return named | dict.fromkeys(("model", "target"), preset_names())
+
+
+def _free(parser: argparse.ArgumentParser) -> Iterator[argparse.Action]:
+    """The arguments of a parser, and of those inside it, whose values are no numbers and of no fixed list."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for inner in action.choices.values():
+                yield from _free(inner)
+        elif action.nargs != 0 and not action.choices and action.type not in (int, float):
+            yield action
