@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from difflib import SequenceMatcher
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -14,6 +16,7 @@ from telechat_twins.core.types import JsonObject
 if TYPE_CHECKING:
     from telechat_twins.core.data.tokenizer import Tokenizer
 
+_ALIGNED = 1_000  # characters between the first and the last change that are compared one by one, in quadratic time
 Named = Callable[[int], str]
 """How a response writes a token, by its id."""
 
@@ -46,7 +49,34 @@ def echoed(prompt: str | list[int], ids: Sequence[int], served: Served) -> Echoe
         text += stream.push(token)
         offsets.append(stream.start)
     text += stream.flush()
-    return EchoedPrompt(prompt if isinstance(prompt, str) else text, tuple(ids), tuple(offsets))
+    if not isinstance(prompt, str):
+        return EchoedPrompt(text, tuple(ids), tuple(offsets))
+    if len(prompt) != len(text):
+        offsets = list(map(partial(_place, _alignment(text, prompt)), offsets))
+    return EchoedPrompt(prompt, tuple(ids), tuple(offsets))
+
+
+def _alignment(text: str, prompt: str) -> list[tuple[int, int, int]]:
+    """Pieces that follow one another: (begin in ``text``, begin in ``prompt``, end there). ``text`` is what the tokens
+    of ``prompt`` decode to where the tokenizer changes it first: composes characters, drops spaces, lowers letters."""
+    same = next((n for n, (mine, theirs) in enumerate(zip(text, prompt, strict=False)) if mine != theirs), None)
+    same = min(len(text), len(prompt)) if same is None else same
+    left = min(len(text), len(prompt)) - same
+    tail = next((n for n in range(left) if text[-1 - n] != prompt[-1 - n]), left)
+    ends = len(text) - tail, len(prompt) - tail
+    pieces = [(0, 0, same)]
+    if max(ends) - same <= _ALIGNED:
+        blocks = SequenceMatcher(None, text[same : ends[0]], prompt[same : ends[1]], autojunk=False).get_opcodes()
+        pieces += [(same + begin, same + first, same + last) for _, begin, _, first, last in blocks]
+    else:
+        pieces.append((same, same, ends[1]))
+    return [*pieces, (*ends, len(prompt))]
+
+
+def _place(alignment: Sequence[tuple[int, int, int]], offset: int) -> int:
+    """An offset in the text of an ``_alignment`` as one in the prompt."""
+    begin, first, last = alignment[bisect_right(alignment, offset, key=lambda piece: piece[0]) - 1]
+    return min(first + offset - begin, last)
 
 
 def read_named(fields: Fields, tokenizer: Tokenizer) -> Named:
