@@ -32,8 +32,8 @@ from telechat_twins.core.errors import UserError
 _BUILDING, _REPLACED, _GONE = ".tmp-tele-", ".old-tele-", ".gone-tele-"
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# EEXIST: the path has a file where it needs a folder.
-_NO_ENTRY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG)
+# EEXIST: the path has a file where it needs a folder. EISDIR: it is a folder, and a file is written.
+_NO_ENTRY = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR, errno.ENAMETOOLONG)
 
 # Whether a writer on another machine still lives cannot be found out here; after a day it is taken to be gone.
 _FOREIGN_STALE_SECONDS = 24 * 3600

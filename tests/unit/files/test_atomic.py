@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from telechat_twins.core.data.packed import PackedDataset, PackedWriter, verify
-from telechat_twins.core.errors import disk_full
+from telechat_twins.core.errors import UserError, disk_full
 from telechat_twins.core.files import atomic
 from telechat_twins.core.files.atomic import (
     clean_stale,
@@ -248,3 +248,10 @@ def test_a_write_that_fails_names_the_file_that_was_to_be(tmp_path: Path) -> Non
         assert error.value.filename == str(tmp_path / "f.png") and not os.listdir(tmp_path)
         said = disk_full(error.value)
         assert said is not None and said.startswith(f"{tmp_path / 'f.png'}: cannot be written (the disk is full)")
+
+
+def test_a_folder_in_place_of_a_text_file_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "best").mkdir()
+    with pytest.raises(UserError, match=r"best: cannot be written \(Is a directory\); choose another path"):
+        write_text(tmp_path / "best", "step-00000004\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["best"]
