@@ -171,7 +171,7 @@ def _document(row: JsonObject, where: str, text_key: str, reading: Reading) -> s
     if not isinstance(text, str):
         if text_key not in row:
             refuse_other_use(row, where, TEXT, reading.ignore)
-        found = f"; keys found: {keys_found(row)}" if text is None else f", found {found_type(text)}"
+        found = f"; keys found: {keys_found(row)}" if text_key not in row else f", found {found_type(text)}"
         other = any(key != text_key and isinstance(value, str) for key, value in row.items())
         way = "; another field is named by --text-key" if text is None and other else ""
         raise UserError(f"{where}: expected text in field '{text_key}'{found}{way}{rows_inside(row)}")
