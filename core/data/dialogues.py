@@ -254,7 +254,8 @@ def _completion(slots: Slots, reading: Reading) -> _Read:
 
 def prompt_messages(slots: Slots, reading: Reading) -> list[JsonObject]:
     """A slot "prompt" as messages: a user's text, or messages, of which the assistant's are context."""
-    name, prompt = slots.name("prompt"), json_or_text(slots.value("prompt"), slots.name("prompt"), slots.where)
+    name = slots.name("prompt")
+    prompt = json_or_text(slots.value("prompt"), name, slots.where, reading.columns.spellings)
     if not is_messages(prompt):
         return [{"role": "user", "content": text(prompt, name, slots.where)}]
     messages = read_messages(as_messages(prompt, name, slots.where), name, slots.where, reading)
@@ -263,7 +264,8 @@ def prompt_messages(slots: Slots, reading: Reading) -> list[JsonObject]:
 
 def answer_messages(slots: Slots, slot: str, reading: Reading) -> list[JsonObject]:
     """An answer as messages: the assistant's text, or one message, or several."""
-    name, answer = slots.name(slot), json_or_text(slots.value(slot), slots.name(slot), slots.where)
+    name = slots.name(slot)
+    answer = json_or_text(slots.value(slot), name, slots.where, reading.columns.spellings)
     if is_messages(answer):
         return read_messages(as_messages(answer, name, slots.where), name, slots.where, reading)
     return [{"role": "assistant", "content": text(answer, name, slots.where)}]

@@ -76,8 +76,9 @@ def written_messages(said: str) -> bool:
     return any(keys.issuperset(pair) for pair in _SPOKEN)
 
 
-def json_or_text(value: object, name: str, where: str) -> object:
+def json_or_text(value: object, name: str, where: str, spellings: Collection[tuple[str, str]] = _SPOKEN) -> object:
     """The messages whose JSON a text is (as in cells of tables), or OpenAI's object of messages; else the value itself.
+    ``spellings``: the keys of a message, for who speaks and what is said.
 
     UserError for messages as Python writes them, which would be learnt in their brackets and quotes.
     """
@@ -85,21 +86,22 @@ def json_or_text(value: object, name: str, where: str) -> object:
         return value
     try:
         parsed = parse_value(value.encode())
-    except ValueError:
+    except ValueError as error:
         if not written_messages(value):
             return value
+        reason = getattr(error, "msg", str(error))
         raise UserError(
-            f"{where}: '{name}' is the text of messages as Python writes them, and not JSON; store messages, or their "
-            "JSON text"
+            f"{where}: '{name}' is the text of messages, but as Python writes them or cut off, and not JSON "
+            f"({reason}); store messages, or their JSON text"
         ) from None
     if isinstance(parsed, dict) and isinstance(parsed.get("messages"), list):
         return parsed
     members = parsed if isinstance(parsed, list) else [parsed]
-    return parsed if any(_is_message(one) for one in members) else value
+    return parsed if any(_is_message(one, spellings) for one in members) else value
 
 
-def _is_message(value: object) -> bool:
-    return isinstance(value, dict) and any(isinstance(value.get(who), str) and said in value for who, said in _SPOKEN)
+def _is_message(value: object, spellings: Collection[tuple[str, str]]) -> bool:
+    return isinstance(value, dict) and any(isinstance(value.get(who), str) and said in value for who, said in spellings)
 
 
 def _parsed(value: str, name: str, where: str) -> object:

@@ -125,7 +125,8 @@ def _judged(slots: Slots) -> Slots:
 
 def _prompt(slots: Slots, reading: Reading) -> tuple[list[JsonObject], list[object] | None]:
     """(the prompt's messages, empty where the answers hold it; the tools)."""
-    tools, given = tools_of(slots), json_or_text(slots.value("input"), slots.name("input"), slots.where)
+    tools = tools_of(slots)
+    given = json_or_text(slots.value("input"), slots.name("input"), slots.where, reading.columns.spellings)
     if "prompt" not in slots and isinstance(given, dict):
         name = slots.name("input")
         refuse_unread(given, _OBJECT, name, slots.where, reading.ignore)

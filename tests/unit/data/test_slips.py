@@ -114,7 +114,7 @@ PYTHON = "[{'content': 'q', 'role': 'user'}\n {'content': \"a's\", 'role': 'assi
 )
 def test_messages_that_python_wrote_are_refused(written: str) -> None:
     """As tables hold them that were written from lists; read as a text, brackets and quotes would be learnt."""
-    says = "is the text of messages as Python writes them, and not JSON"
+    says = "is the text of messages, but as Python writes them or cut off, and not JSON"
     for row in ({"prompt": written, "completion": "a"}, {"prompt": "q", "completion": written}):
         with pytest.raises(UserError, match=f"rows:1: '.*' {says}"):
             read(row, Reading())
