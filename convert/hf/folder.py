@@ -84,6 +84,7 @@ class HfFolder:
         self._drop_tied_head()
         shapes = {name: self.files[file].tensors[name].shape for name, file in self._home.items()}
         only = next(iter(self.files.values())).path if len(self.files) == 1 else self.path
+        self._check_rows(shapes)
         check_shapes(released_table(self.bindings, self.config), shapes, str(only))
         for name in self._home:
             if self.code(name) not in DTYPE_NAMES:
@@ -91,6 +92,16 @@ class HfFolder:
                     f"{self.path / self._home[name]}: tensor '{name}' is {self.code(name)}; "
                     f"expected one of {', '.join(DTYPE_NAMES)}"
                 )
+
+    def _check_rows(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """UserError for an embedding of another number of rows than the config's, which may not count the padding."""
+        table = next(name for name, binding in self.bindings.items() if binding.logical == ("embed.weight",))
+        found = shapes.get(table, ())
+        if len(found) == 2 and found[0] != self.config.vocab_size and found[1] == self.config.hidden_size:
+            raise UserError(
+                f"{self.path / 'config.json'}: vocab_size is {self.config.vocab_size}, but {table} has {found[0]} "
+                f"rows; write {found[0]}: rows behind the tokenizer's pieces are taken for padding"
+            )
 
     def _drop_tied_head(self) -> None:
         """Pass over a head that is stored although it is the embedding, or read that from it where it alone is stored;

@@ -205,6 +205,18 @@ def test_names_of_files_that_an_index_may_not_give(name: str, says: str, tmp_pat
         HfFolder(folder)
 
 
+@pytest.mark.parametrize("rows", [-8, 8])
+def test_a_vocabulary_of_another_number_of_rows_than_the_config_says(rows: int, tmp_path: Path) -> None:
+    folder = release(tmp_path / "hf")
+    config = json.loads((folder / "config.json").read_text())
+    held = config["vocab_size"]
+    (folder / "config.json").write_text(json.dumps({**config, "vocab_size": held + rows}))
+    with pytest.raises(
+        UserError, match=rf"config.json: vocab_size is {held + rows}, but .* has {held} rows; write {held}"
+    ):
+        HfFolder(folder)
+
+
 def test_generation_settings_say_what_else_ends(tmp_path: Path) -> None:
     folder = release(tmp_path / "hf")
     before = {p.name: p.read_bytes() for p in folder.iterdir()}
