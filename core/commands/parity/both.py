@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 
 from telechat_twins.core import backends
@@ -26,7 +27,7 @@ def run(args: argparse.Namespace) -> int:
     writable_file(Path(args.out) / "report.md", "--out")
     names = list(dict.fromkeys(args.backends))
     with hold_folder(args.out, f"--out {args.out}"), naming_lines(args.config, args.set):
-        print("one batch: logits, loss and every gradient against float64", flush=True)
+        print("one batch: logits, loss and every gradient against float64", file=sys.stderr, flush=True)
         report, runs = make_report(config, Path(args.out), args.steps, names, args.weights, layouts, args.layout_steps)
         path = write_report(report, Path(args.out), runs, args.junit)
     print(summary(report))

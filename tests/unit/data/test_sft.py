@@ -18,13 +18,12 @@ from telechat_twins.core.data.sft import (
     counted_samples,
     deepspeed_mask,
     deepspeed_sequences,
-    encode_dialogue,
     mindformers_packs,
     pack_samples,
 )
 from telechat_twins.core.data.tokenizer import load_tokenizer
 from telechat_twins.core.errors import UserError
-from tests.support.data_support import dialogue_row, tiny_tokenizer
+from tests.support.data_support import dialogue_row, encode_dialogue, tiny_tokenizer
 from tests.support.shared import shared_file
 
 

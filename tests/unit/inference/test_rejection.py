@@ -309,7 +309,7 @@ def test_on_a_full_disk_the_files_end_with_the_prompt_before(tmp_path, room):
 @pytest.mark.parametrize(
     ("code", "message"),
     [
-        ("print('x', flush=True); sys.stdin.read()", "wrote 'x', not a number"),
+        ("sys.stdin.readline(); print('x', flush=True); sys.stdin.read()", "wrote 'x', not a number"),
         ("sys.stdin.readline(); sys.exit('no model')", "ended with exit code 1 at .*rows.jsonl:1; .*: no model"),
         ("sys.stdin.readline(); print('1\\n2\\n3', flush=True); sys.stdin.read()", "wrote 2 more"),
         # Lines before the first question: read before it is asked, or taken for its answer with two left over.

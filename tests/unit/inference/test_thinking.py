@@ -215,5 +215,5 @@ def test_rows_with_reasoning_are_packed_an_answer_each(tmp_path: Path, capsys: p
     assert "apart: each answer of 1 rows is a document behind its own prompt" in capsys.readouterr().out
     data = PackedDataset(tmp_path / "out")
     assert data.meta["documents"] == 2 and data.meta["rows"] == data.meta["rows_apart"] == 1
-    assert cli.main([*packed, "--preference", "--force"]) == 2
+    assert cli.main([*packed, "--sft", "deepspeed", "--force"]) == 2
     assert "chats with this model follow TeleChat2's layout with reasoning first" in capsys.readouterr().err

@@ -188,10 +188,6 @@ CASES: dict[str, tuple[Change, str]] = {
     "blocks of 2^40 rows": (columns(lambda h: h["block_rows"].__setitem__(3, 1 << 40)), "cannot have"),
     "trace of steps that fall": (text(TRACE, b'{"step": 2}\n{"step": 1}\n'), "trace.jsonl:2"),
     "trace of a loss in quotes": (text(TRACE, b'{"step": 1, "loss": "1.0"}\n'), "trace.jsonl:1"),
-    "header after a byte-order mark": (
-        lambda f: raw(b"\xef\xbb\xbf" + (f / "record.json").read_bytes())(f),
-        "record.json",
-    ),
     "trace of numbers that are none": (text(TRACE, b'{"step": 1, "loss": NaN}\n'), "trace.jsonl:1"),
     "trace of a step true": (text(TRACE, b'{"step": true}\n'), "trace.jsonl:1"),
     "trace of one endless row": (text(TRACE, b'{"step": 1, "x": "' + b"a" * (1 << 21) + b'"}\n'), "trace.jsonl"),
