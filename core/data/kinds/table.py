@@ -17,7 +17,12 @@ from telechat_twins.core.types import JsonObject
 
 # What a row is packed as: a document, a dialogue, a pair of answers, a proposition.
 TEXT, DIALOGUE, PREFERENCE, TEACHER = "text", "dialogue", "preference", "teacher"
-OPTION = {TEXT: "without --sft", DIALOGUE: "with --sft", PREFERENCE: "with --preference", TEACHER: "with --teacher"}
+OPTION = {
+    TEXT: "without --sft",
+    DIALOGUE: "with --sft plain",
+    PREFERENCE: "with --preference",
+    TEACHER: "with --teacher",
+}
 _PLURALS = {TEXT: "texts", DIALOGUE: "dialogues", PREFERENCE: "such pairs", TEACHER: "them"}
 
 
