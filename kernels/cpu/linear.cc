@@ -11,7 +11,9 @@ namespace {
 constexpr int64_t kRows = W == 16 ? 12 : 4;  // rows of x per register tile, times two vectors of outputs
 constexpr int64_t kDepth = 256;   // pairs per pass: a strip of w (32 KiB with AVX-512) stays in L1
 constexpr int64_t kBlock = 192;   // rows per pass, half of it for long k, so that they stay in L2
+constexpr int64_t kTileBlock = 384;  // by tiles, which read w as often as there are blocks: L2 holds 2 MiB beside them
 constexpr int64_t kWidth = 2 * W;  // outputs of a strip
+constexpr int64_t kFewColumns = 768;  // for up to so many, tiles take rows of x where they are: a copy would not pay
 
 // A buffer of pairs kept between calls: page faults on fresh memory cost as much as the packing.
 struct Buffer {
@@ -67,23 +69,31 @@ inline void pack_block(const Operand &x, int64_t first, int64_t from, bool down,
   if (!down) transpose_block(reinterpret_cast<float *>(square), W, reinterpret_cast<float *>(to), to_row);
 }
 
-// Pairs [0, pairs) of the ``count`` rows from ``first`` on, of ``rows`` places for them; what does not exist is zero.
-// down: to [pairs, rows], else [rows, pairs], its rows to_row apart.
-void pack(const Operand &x, int64_t first, int64_t count, int64_t rows, int64_t pairs, bool down, uint32_t *to,
-          int64_t to_row) {
+// Pairs [from, from + pairs) of the ``count`` rows from ``first`` on, of ``rows`` places for them; what does not exist
+// is zero. down: to [pairs, rows], else [rows, pairs], its rows to_row apart.
+void pack(const Operand &x, int64_t first, int64_t count, int64_t rows, int64_t from, int64_t pairs, bool down,
+          uint32_t *to, int64_t to_row) {
   const int64_t whole = x.k / 2 / W * W;  // pairs in whole blocks
   for (int64_t i = 0; i < rows; i += W)
     for (int64_t p = 0; p < pairs; p += W) {
       uint32_t *block = down ? to + p * to_row + i : to + i * to_row + p;
-      if (i + W <= count && p + W <= whole) {
-        pack_block(x, first + i, p, down, block, to_row);
+      if (i + W <= count && from + p + W <= whole) {
+        pack_block(x, first + i, from + p, down, block, to_row);
         continue;
       }
       for (int64_t r = 0; r < std::min<int64_t>(W, rows - i); r++)
         for (int64_t c = 0; c < std::min<int64_t>(W, pairs - p); c++)
           block[down ? c * to_row + r : r * to_row + c] =
-            i + r < count && 2 * (p + c) < x.k ? x.pair(first + i + r, p + c) : 0;
+            i + r < count && 2 * (from + p + c) < x.k ? x.pair(first + i + r, from + p + c) : 0;
     }
+}
+
+// ``rows`` rows from ``first`` on in pairs of tiles, for each [pairs / 16][kTilePair][16]; what does not exist is zero.
+void pack_tiles(const Operand &x, int64_t first, int64_t rows, int64_t pairs, uint32_t *to) {
+  constexpr int64_t kSteps = 16;  // pairs of a tile
+  for (int64_t i = 0; i < rows; i += kTilePair, to += kTilePair * pairs)
+    for (int64_t p = 0; p < pairs; p += kSteps)
+      pack(x, first + i, std::min(kTilePair, rows - i), kTilePair, p, kSteps, false, to + p * kTilePair, kSteps);
 }
 
 // sum + low(pair) * w[., 0] + high(pair) * w[., 1] per lane; ``pair`` holds two bfloat16 of x.
@@ -123,16 +133,38 @@ void block(const uint32_t *x, int64_t x_row, const uint32_t *w, int64_t pairs, f
     for (int j = 0; j < 2; j++) store(c + i * kWidth + j * W, sum[i][j]);
 }
 
-// c [rows, kWidth] = x [rows, pairs] w [pairs, kWidth]; by tiles, rows are a multiple of two tiles'.
-void strip(const uint32_t *x, int64_t x_row, const uint32_t *w, int64_t rows, int64_t pairs, float *c, bool tiles) {
+// Rows of the left operand for products in tiles: whole pairs of tiles lie in the matrix itself where it has that form,
+// ``direct`` of them; those after them are packed, for each pair of tiles [pairs / 16][kTilePair][16].
+struct Left {
+  const uint32_t *matrix, *packed;
+  int64_t row, direct, pairs;
+
+  TileRows from(int64_t i, int64_t pair) const {
+    if (i < direct) return {matrix + i * row + pair, row, 16};
+    return {packed + (i - direct) * pairs + pair * kTilePair, 16, 16 * kTilePair};
+  }
+};
+
+// c [rows, kWidth] = x w [pairs, kWidth]; rows are a multiple of two tiles'. ``done`` is called with the first of every
+// 32 rows that are complete, one product late: its vectors then work beside the tiles.
+template <typename Done>
+void strip_in_tiles(const Left &x, const uint32_t *w, int64_t rows, float *c, const Done &done) {
+  const int64_t panels = rows / kTilePair, share = (32 + panels - 1) / panels;  // lines of a step of the next depth
+  for (int64_t from = 0; from < x.pairs; from += kDepth)
+    for (int64_t i = 0; i < rows; i += kTilePair) {
+      const int64_t depth = std::min(kDepth, x.pairs - from);
+      const uint32_t *panel = w + from * kWidth, *ahead = panel + depth * (kWidth + i / kTilePair * share);
+      multiply_tiles(x.from(i, from), panel, depth, c + i * kWidth, from > 0, ahead, share);
+      if (i > 0 && from + kDepth >= x.pairs) done(i - kTilePair);
+    }
+  done(rows - kTilePair);
+}
+
+// c [rows, kWidth] = x [rows, pairs] w [pairs, kWidth].
+void strip(const uint32_t *x, int64_t x_row, const uint32_t *w, int64_t rows, int64_t pairs, float *c) {
   for (int64_t from = 0; from < pairs; from += kDepth) {
     const int64_t depth = std::min(kDepth, pairs - from);
     const uint32_t *strip = w + from * kWidth;
-    if (tiles) {
-      for (int64_t i = 0; i < rows; i += kTilePair)
-        multiply_tiles(x + i * x_row + from, x_row, strip, depth, c + i * kWidth, from > 0);
-      continue;
-    }
     // The last rows are not taken one by one: two sums are fewer than a dot product takes cycles.
     int64_t i = 0;
     const auto take = [&](auto count) {
@@ -157,41 +189,59 @@ KERNEL(matmul_bf16, 2, 1, 2) {
   const int64_t m = in[0].shape[turn_a ? 1 : 0], k = in[0].shape[turn_a ? 0 : 1], n = in[1].shape[turn_w ? 1 : 0];
   const Operand a{in[0].as<uint16_t>(), turn_a ? 1 : k, turn_a ? m : 1, k};
   const Operand b{in[1].as<uint16_t>(), turn_w ? 1 : k, turn_w ? n : 1, k};
-  const bool tiles = has_tiles();
+  const bool tiles = has_tiles(), direct = !turn_a && k % 32 == 0 && n <= kFewColumns;
   const int64_t pairs = std::max<int64_t>(1, (k + 31) / 32) * 16;  // whole tiles
-  const int64_t height = pairs <= 1024 ? kBlock : kBlock / 2;
+  const int64_t height = (tiles ? kTileBlock : kBlock) / (pairs <= 1024 ? 1 : 2);
   const int64_t strips = (n + kWidth - 1) / kWidth, blocks = (m + height - 1) / height;
-  const auto pack_strip = [&](int64_t s, uint32_t *to) {
-    pack(b, s * kWidth, std::min(kWidth, n - s * kWidth), kWidth, pairs, true, to, kWidth);
+  // The strips [first, last), in the order of memory.
+  const auto pack_strips = [&](int64_t first, int64_t last, uint32_t *to) {
+    const int64_t some = turn_w ? 16 : pairs;
+    for (int64_t p = 0; p < pairs; p += some)
+      for (int64_t s = first; s < last; s++)
+        pack(b, s * kWidth, std::min(kWidth, n - s * kWidth), kWidth, p, some, true,
+             to + ((s - first) * pairs + p) * kWidth, kWidth);
   };
   // With one block of rows a strip is used once: it is packed on its way through the caches, not before in memory.
   const bool once = blocks == 1;
   uint32_t *w = once ? nullptr : packed_w.room(strips * kWidth * pairs);
   if (!once)
     parallel(strips, 4, [&](int64_t first, int64_t last, int) {
-      for (int64_t s = first; s < last; s++) pack_strip(s, w + s * kWidth * pairs);
+      pack_strips(first, last, w + first * kWidth * pairs);
     });
   const bool by_rows = !once && blocks >= threads_for(blocks * strips, 1);
   const int64_t x_row = pairs + 16;  // rows a power of two apart would share few sets of the cache
   // Rows [top, bottom) of the strips [begin, end).
   const auto part = [&](int64_t top, int64_t bottom, int64_t begin, int64_t end) {
     uint32_t *x = packed_a.room(height * x_row), *own = once ? packed_w.room(kWidth * pairs) : nullptr;
-    alignas(64) float sums[kBlock * kWidth];
+    alignas(64) float sums[std::max(kBlock, kTileBlock) * kWidth];
     const Tiles configured(tiles);
     for (int64_t from = top; from < bottom; from += height) {
       const int64_t rows = std::min(height, bottom - from);
-      const int64_t places = tiles ? (rows + kTilePair - 1) / kTilePair * kTilePair : rows;
-      pack(a, from, rows, places, pairs, false, x, x_row);
+      const int64_t whole = direct ? rows / kTilePair * kTilePair : 0;
+      const Left left{reinterpret_cast<const uint32_t *>(a.data + from * a.row), x, k / 2, whole, pairs};
+      if (tiles)
+        pack_tiles(a, from + whole, rows - whole, pairs, x);
+      else
+        pack(a, from, rows, rows, 0, pairs, false, x, x_row);
       for (int64_t s = begin; s < end; s++) {
-        if (once) pack_strip(s, own);
-        strip(x, x_row, once ? own : w + s * kWidth * pairs, places, pairs, sums, tiles);
+        if (once) pack_strips(s, s + 1, own);
+        const uint32_t *panel = once ? own : w + s * kWidth * pairs;
         const int64_t columns = std::min(kWidth, n - s * kWidth);
-        with_type(out[0].dtype, [&](auto *t) {
-          auto *o = out[0].as<std::remove_pointer_t<decltype(t)>>() + from * n + s * kWidth;
-          for (int64_t r = 0; r < rows; r++)
-            for (int64_t j = 0; j < columns; j += W)
-              put(o + r * n + j, load(sums + r * kWidth + j), static_cast<int>(std::min<int64_t>(W, columns - j)));
-        });
+        const auto write = [&](int64_t first, int64_t last) {
+          with_type(out[0].dtype, [&](auto *t) {
+            auto *o = out[0].as<std::remove_pointer_t<decltype(t)>>() + from * n + s * kWidth;
+            for (int64_t r = first; r < last; r++)
+              for (int64_t j = 0; j < columns; j += W)
+                put(o + r * n + j, load(sums + r * kWidth + j), static_cast<int>(std::min<int64_t>(W, columns - j)));
+          });
+        };
+        if (tiles) {
+          strip_in_tiles(left, panel, (rows + kTilePair - 1) / kTilePair * kTilePair, sums,
+                         [&](int64_t i) { write(i, std::min(rows, i + kTilePair)); });
+        } else {
+          strip(x, x_row, panel, rows, pairs, sums);
+          write(0, rows);
+        }
       }
     }
   };

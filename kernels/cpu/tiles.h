@@ -10,6 +10,12 @@
 
 constexpr int64_t kTilePair = 32;  // rows of two tiles
 
+// 32 rows of bfloat16 pairs, ``row`` apart; from one step of 16 pairs to the next, ``step``.
+struct TileRows {
+  const uint32_t *data;
+  int64_t row, step;
+};
+
 #if defined(__AMX_BF16__) && defined(__AMX_TILE__) && defined(__AVX512F__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -40,12 +46,14 @@ struct Tiles {
 };
 
 // c [32, 32] (+)= x [32, pairs] w [pairs, 32] of bfloat16 pairs, ``pairs`` a multiple of 16. Tiles 0 to 3 hold c, 4 and
-// 5 two tiles of rows, 6 and 7 two tiles of outputs: four loads for four products.
-__attribute__((noinline)) inline void multiply_tiles(const uint32_t *x, int64_t x_row, const uint32_t *w, int64_t pairs,
-                                                     float *c, bool add) {
+// 5 two tiles of rows, 6 and 7 two tiles of outputs: four loads for four products. x is loaded as what is used once, so
+// that w stays in the first cache; meanwhile ``share`` lines a step from ``ahead`` on, which need not exist, come into
+// the second.
+__attribute__((noinline)) inline void multiply_tiles(TileRows x, const uint32_t *w, int64_t pairs, float *c, bool add,
+                                                     const uint32_t *ahead, int64_t share) {
   asm volatile("" ::: "memory");  // the tile loads do not tell the compiler that they read memory
   constexpr long kRowC = 32 * sizeof(float), kRowW = 32 * sizeof(uint32_t);
-  const long row = x_row * sizeof(uint32_t);
+  const long row = x.row * sizeof(uint32_t);
   if (add) {
     _tile_loadd(0, c, kRowC);
     _tile_loadd(1, c + 16, kRowC);
@@ -57,13 +65,14 @@ __attribute__((noinline)) inline void multiply_tiles(const uint32_t *x, int64_t 
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (int64_t p = 0; p < pairs; p += 16) {
-    _tile_loadd(4, x + p, row);
-    _tile_loadd(6, w + p * 32, kRowW);
-    _tile_loadd(7, w + p * 32 + 16, kRowW);
-    _tile_loadd(5, x + 16 * x_row + p, row);
+  for (int64_t p = 0; p < pairs; p += 16, x.data += x.step, w += 16 * 32) {
+    for (int64_t i = 0; i < share; i++, ahead += 16) __builtin_prefetch(ahead, 0, 2);
+    _tile_loadd(6, w, kRowW);
+    _tile_stream_loadd(4, x.data, row);
     _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, w + 16, kRowW);
     _tile_dpbf16ps(1, 4, 7);
+    _tile_stream_loadd(5, x.data + 16 * x.row, row);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
@@ -78,5 +87,5 @@ inline bool has_tiles() { return false; }
 struct Tiles {
   explicit Tiles(bool) {}
 };
-inline void multiply_tiles(const uint32_t *, int64_t, const uint32_t *, int64_t, float *, bool) {}
+inline void multiply_tiles(TileRows, const uint32_t *, int64_t, float *, bool, const uint32_t *, int64_t) {}
 #endif
