@@ -13,7 +13,7 @@ import yaml
 from telechat_twins.convert.growth.plan import GrowthPlan, Options, plan_growth
 from telechat_twins.convert.growth.weights import grow_state, grow_weights, planned_state, planned_weights
 from telechat_twins.convert.source import checkpoint_config
-from telechat_twins.core.checkpoint.pieces import MAX_FILE_BYTES, Planned
+from telechat_twins.core.checkpoint.pieces import Planned
 from telechat_twins.core.checkpoint.read import Checkpoint, TensorPiece, open_checkpoint, write_checkpoint
 from telechat_twins.core.files.prefetch import ahead
 from telechat_twins.core.files.safetensors import DTYPES
@@ -23,8 +23,6 @@ from telechat_twins.core.model.params import parameter_table
 
 # A model that a run can name: its configuration, without the state of its masks, which the checkpoint holds.
 MODEL_FILE = "model.yaml"
-# A full file is synced and hashed while the next one fills; the last one when all else is done, so it should be small.
-LEAST_FILE_BYTES, FILES = 128 << 20, 64
 
 
 def plan_checkpoint(checkpoint: Checkpoint, target: ModelConfig, options: Options) -> GrowthPlan:
@@ -70,7 +68,6 @@ def grow_checkpoint(
             optimizer=_after(_counted(ahead(state), on_bytes) if checkpoint.names("optimizer") else (), verified),
             trainer=trainer,
             assets=[*(asset for asset in checkpoint.assets if asset.name != MODEL_FILE), described],
-            max_file_bytes=min(MAX_FILE_BYTES, max(LEAST_FILE_BYTES, sum(sizes) // FILES)),
             planned={"weights": Planned(specs, sizes[0]), "optimizer": Planned(planned_state(plan), sizes[1])},
         )
 

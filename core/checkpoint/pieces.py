@@ -25,6 +25,9 @@ FORMAT = "tele-checkpoint"
 VERSION = 1
 KINDS = ("weights", "optimizer")
 MAX_FILE_BYTES = 4 << 30
+# One thread hashes a whole file, so planned bytes are divided among files that threads share when they are verified. A
+# full file is synced while the next one fills; the last one when all else is done. Smaller files would be too many.
+LEAST_FILE_BYTES, FILES = 128 << 20, 64
 
 # Header room of a file whose tensors are not known in advance: some hundreds of entries, and data on a 64 KiB boundary.
 _HEADER_ROOM = (64 << 10) - 8
@@ -73,7 +76,8 @@ class PieceWriter:
 
     Each kind has files of its own. A new file is begun when one would exceed ``max_file_bytes``; a single larger tensor
     has a file to itself. ``rank`` becomes part of the file names. Files of the kinds in ``planned`` bypass the page
-    cache (core.files.direct_io); their pieces must be added in the planned order.
+    cache (core.files.direct_io); their pieces must be added in the planned order, and their files hold at most a
+    ``FILES``-th of all planned bytes, or ``LEAST_FILE_BYTES`` if that is more.
     """
 
     def __init__(
@@ -88,7 +92,9 @@ class PieceWriter:
         self._stem = "" if rank is None else f"{rank:05d}-"
         self._tensors: dict[str, dict[str, JsonObject]] = {kind: {} for kind in KINDS}
         self._open: dict[str, SafetensorsWriter | StreamedSafetensors] = {}
-        self._planned = {kind: _planned_files(plan.pieces, max_file_bytes) for kind, plan in (planned or {}).items()}
+        plans = planned or {}
+        most = min(max_file_bytes, max(LEAST_FILE_BYTES, sum(plan.nbytes for plan in plans.values()) // FILES))
+        self._planned = {kind: _planned_files(plan.pieces, most) for kind, plan in plans.items()}
         self._spool = Spool() if planned else None
         self._counts = dict.fromkeys(KINDS, 0)
         self._files: dict[str, JsonObject] = {}

@@ -211,7 +211,8 @@ class Checkpoint:
                         self._file(piece, entry)
 
     def _check_hashes(self, names: Sequence[str], on_bytes: Callable[[int], object] | None) -> None:
-        """Hash the files, each in a thread of as many as there are processors; hashlib and reading let others run."""
+        """Hash the files, each in a thread; hashlib and reading let others run. There are two threads for a processor:
+        one hashes while the other waits for the disk."""
         lock = threading.Lock()
 
         def count(size: int) -> None:
@@ -219,7 +220,7 @@ class Checkpoint:
                 with lock:
                     on_bytes(size)
 
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0)), "verify") as pool:
+        with ThreadPoolExecutor(2 * len(os.sched_getaffinity(0)), "verify") as pool:
             # The largest file first, so that no thread begins it when the others have ended.
             found = {name: pool.submit(file_sha256, self._inside(name), count) for name in reversed(names)}
             try:

@@ -279,6 +279,7 @@ def file_sha256(path: Path, on_bytes: Callable[[int], object] | None = None) -> 
     digest = hashlib.sha256()
     block = bytearray(1 << 20)
     with open(path, "rb", buffering=0) as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)  # read further ahead
         while count := file.readinto(block):
             digest.update(memoryview(block)[:count])
             if on_bytes:
