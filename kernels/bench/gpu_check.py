@@ -1,28 +1,38 @@
-"""All checks that need a GPU: the device tests, the operator benchmark, and a training step of a realistic shape.
+"""All checks that need a GPU: the device tests, the operators, decoding, and training steps of a realistic shape.
 
     python -m telechat_twins.kernels.bench.gpu_check --out gpu-check.json
 
 The step is a TeleChat2 of 1 to 3 billion parameters at sequence length 8192 in bf16: TFLOP/s and MFU against the
 vendor's dense bf16 peak, with full attention (the convention of published figures) and with causal attention, and a
-profile by kernel. Without a GPU the exit code is 2.
+profile by kernel; then, one after the other, the same step with adapters (LoRA) and transformers' Llama of the same
+shape, with PyTorch's FlashAttention and fused AdamW. Decoding is compared with transformers' generate. Where the
+transformers library is not installed, its lines say "not measured". Without a GPU the exit code is 2.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
+import gc
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import yaml
 
 from telechat_twins.core import backends
 from telechat_twins.core.bench.cases import OPERATORS
+from telechat_twins.core.bench.decode import decode_to_markdown, measure_decode
 from telechat_twins.core.bench.kernels import kernels_to_markdown, measure_kernels
 from telechat_twins.core.bench.worker import random_batch, timed_steps
 from telechat_twins.core.config import RunConfig, run_config_from_dict
@@ -32,6 +42,7 @@ from telechat_twins.core.files.atomic import writable_file, write_text
 from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.flops import flops_per_token
 from telechat_twins.core.model.params import count_parameters
+from telechat_twins.core.train import trainer
 from telechat_twins.core.train.stepper import Stepper
 from telechat_twins.core.types import JsonObject
 from telechat_twins.kernels.dispatch import describe
@@ -48,6 +59,8 @@ PEAKS = {
     "L40S": 362e12,
     "B200": 2250e12,
 }
+PARTS = ("tests", "kernels", "decode", "step", "peers")
+_WARM = 3  # steps before those measured
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -59,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--recompute", default="none", choices=("none", "selective", "full"), help="recomputation")
     parser.add_argument("--calls", type=int, default=20, metavar="N", help="measured calls per operator (20)")
     parser.add_argument("--sizes", nargs="+", default=["gpu", "gpu-gqa"], help="operator sizes (gpu gpu-gqa)")
-    parser.add_argument("--skip", nargs="+", default=[], choices=("tests", "kernels", "step"), help="parts to omit")
+    parser.add_argument("--skip", nargs="+", default=[], choices=PARTS, help="parts to omit")
     args = parser.parse_args(argv)
     try:
         return check(args)
@@ -84,10 +97,18 @@ def check(args: argparse.Namespace) -> int:
     if "kernels" not in args.skip:
         result["kernels"] = measure_kernels(["pt"], list(OPERATORS), args.sizes, "bf16", args.calls, 5, False)
         print(kernels_to_markdown(result["kernels"]))
-    write_text(Path(args.out), json.dumps(result, indent=1) + "\n")  # saved in case the step runs out of memory
+    write_text(Path(args.out), json.dumps(result, indent=1) + "\n")  # saved in case a step runs out of memory
+    if "decode" not in args.skip:
+        result["decode"] = measure_answers({"preset": "telechat2-3b", "num_layers": args.layers}, 512, 100)
+        print(decode_to_markdown(result["decode"]))
     if "step" not in args.skip:
         result["step"] = measure_step(args.layers, args.seq_len, args.steps, args.recompute)
         print(step_to_markdown(result["step"]))
+    write_text(Path(args.out), json.dumps(result, indent=1) + "\n")
+    if "peers" not in args.skip:
+        config = step_config(args.layers, args.seq_len, args.recompute)
+        result["peers"] = measure_beside(config, args.steps)
+        print(peers_to_markdown(result["peers"]))
     write_text(Path(args.out), json.dumps(result, indent=1) + "\n")
     return 1 if failed else 0
 
@@ -110,17 +131,92 @@ def step_config(layers: int, seq_len: int, recompute: str) -> RunConfig:
     )
 
 
+def measure_answers(model: JsonObject, prompt: int, steps: int) -> JsonObject:
+    """``tele bench decode`` of a model in bf16: 1, 8 and 32 sequences after prompts of ``prompt`` tokens."""
+    with tempfile.TemporaryDirectory(prefix="tele-gpu-") as folder:
+        file = Path(folder) / "model.yaml"
+        file.write_text(yaml.safe_dump(model), encoding="utf-8")
+        options = {"model": str(file), "seq_len": 2 * prompt, "precision": "bf16", "quantize": "none"}
+        options |= {"micro_batch": 1, "micro_batches": 1}
+        return measure_decode(options, ["pt"], [1, 8, 32], prompt, steps, min(20, steps))
+
+
+def measure_beside(config: RunConfig, steps: int) -> list[JsonObject]:
+    """The step of ``config``, with adapters, and transformers' of the same shape, one after the other: seconds of
+    ``steps`` steps after warm-up steps, peak of the device's memory. A contestant that is not here has ``missing``."""
+    adapters = dataclasses.replace(config.train, init="random weights")
+    data = {**config.to_dict(), "lora": {}, "train": dataclasses.asdict(adapters)}
+
+    def twin(run: RunConfig) -> Callable[[], Any]:
+        def make() -> Any:
+            with _quick_weights() as train:
+                made = train.Trainer(run)
+            if run.lora is not None:  # whose base is read
+                made.load_weights(lambda name, box: quick_weights(name, run.model, 0, box))
+            return made
+
+        return make
+
+    contestants: dict[str, tuple[RunConfig, Callable[[], Any]]] = {
+        "all weights": (config, twin(config)),
+        "adapters (LoRA)": ((run := run_config_from_dict(data)), twin(run)),
+    }
+    found = [{"name": name, **_measured(make, run, steps)} for name, (run, make) in contestants.items()]
+    if find_spec("transformers") is None:
+        return [*found, {"name": "transformers", "missing": "the transformers library is not installed"}]
+    from telechat_twins.kernels.bench.hf_step import HfTrainer
+
+    return [*found, {"name": "transformers", **_measured(lambda: HfTrainer(config, False), config, steps)}]
+
+
+def _measured(make: Callable[[], Any], config: RunConfig, steps: int) -> JsonObject:
+    """Steps of the trainer that ``make`` returns, which is given up afterwards."""
+    gc.collect()
+    on_device = torch.cuda.is_available()
+    if on_device:
+        torch.cuda.empty_cache()
+    made = make()
+    timed_steps(made, config, 0, _WARM)
+    if on_device:
+        torch.cuda.reset_peak_memory_stats()
+    seconds, loss = timed_steps(made, config, _WARM, steps)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if on_device else None
+    return {"seconds": seconds, "median": statistics.median(seconds), "loss": loss, "memory_gib": peak}
+
+
+@contextlib.contextmanager
+def _quick_weights() -> Iterator[Any]:
+    """The module of the PyTorch trainer. Speed does not depend on the weights' values, and the usual initialisation of
+    billions of weights takes minutes."""
+    usual = trainer.init_tensor
+    vars(trainer)["init_tensor"] = quick_weights
+    try:
+        yield backends.load("pt", "train")
+    finally:
+        vars(trainer)["init_tensor"] = usual
+
+
+def peers_to_markdown(rows: list[JsonObject]) -> str:
+    """The steps as a Markdown table, each over the first."""
+    lines = ["", "| step | median | over the first | memory |", "|---|---|---|---|"]
+    for row in rows:
+        if "missing" in row:
+            lines.append(f"| {row['name']} | not measured: {row['missing']} | - | - |")
+            continue
+        memory = "-" if row["memory_gib"] is None else f"{row['memory_gib']:.1f} GiB"
+        ratio = row["median"] / rows[0]["median"]
+        lines.append(f"| {row['name']} | {row['median'] * 1e3:.0f} ms | {ratio:.2f} | {memory} |")
+    return "\n".join(lines)
+
+
 def measure_step(layers: int, seq_len: int, steps: int, recompute: str) -> JsonObject:
     """Durations of ``steps`` full optimizer steps after three warm-up steps, and a profile of one more."""
     config = step_config(layers, seq_len, recompute)
-    train = backends.load("pt", "train")
-    # Speed does not depend on the weights' values; the usual initialisation of billions of weights takes minutes.
-    vars(train)["init_tensor"] = quick_weights
-    trainer = train.Trainer(config)
-    warm = 3
-    timed_steps(trainer, config, 0, warm)
+    with _quick_weights() as train:
+        made = train.Trainer(config)
+    timed_steps(made, config, 0, _WARM)
     torch.cuda.reset_peak_memory_stats()
-    seconds, loss = timed_steps(trainer, config, warm, steps)
+    seconds, loss = timed_steps(made, config, _WARM, steps)
     torch.cuda.synchronize()
     median = statistics.median(seconds)
     whole, causal = (seq_len * flops_per_token(config.model, seq_len, causal) for causal in (False, True))
@@ -142,7 +238,7 @@ def measure_step(layers: int, seq_len: int, steps: int, recompute: str) -> JsonO
         "mfu": None if peak is None else whole / median / peak,
         "mfu_causal": None if peak is None else causal / median / peak,
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "profile": profile(trainer, config, warm + steps),
+        "profile": profile(made, config, _WARM + steps),
     }
 
 
@@ -160,14 +256,14 @@ def quick_weights(
     return np.resize(block, shape)
 
 
-def profile(trainer: Stepper, config: RunConfig, step: int) -> list[JsonObject]:
+def profile(made: Stepper, config: RunConfig, step: int) -> list[JsonObject]:
     """Kernels of one step by descending time, with their share of the device's busy time."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     started = time.perf_counter()
     with torch.profiler.profile(activities=activities) as found:
         batch = random_batch(config, step)
-        trainer.gradients(batch, batch.num_targets, 1.0)
-        trainer.update(1e-4, min(1.0, 1.0 / (trainer.grad_norm(1.0) + 1e-6)))
+        made.gradients(batch, batch.num_targets, 1.0)
+        made.update(1e-4, min(1.0, 1.0 / (made.grad_norm(1.0) + 1e-6)))
         torch.cuda.synchronize()
     wall = time.perf_counter() - started
     kernels = [e for e in found.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]

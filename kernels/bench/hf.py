@@ -20,6 +20,7 @@ from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.types import JsonObject
 from telechat_twins.kernels.bench.decode import reading
 from telechat_twins.kernels.bench.process import open_bench
+from telechat_twins.kernels.pytorch.ops import default_device
 
 
 def hide_checkout(path: list[str]) -> list[str]:
@@ -38,7 +39,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def llama(config: ModelConfig, dtype: torch.dtype) -> transformers.LlamaForCausalLM:
-    """A Llama of the model's shapes. It lacks TeleChat2's biases and length scaling, whose cost is negligible."""
+    """A Llama of the model's shapes, on the device of the twin. It lacks TeleChat2's biases and length scaling, whose
+    cost is negligible."""
     torch.manual_seed(0)
     made = transformers.LlamaConfig(
         vocab_size=config.vocab_size,
@@ -51,7 +53,13 @@ def llama(config: ModelConfig, dtype: torch.dtype) -> transformers.LlamaForCausa
         rms_norm_eps=config.norm_eps,
         tie_word_embeddings=config.tied_embeddings,
     )
-    return transformers.LlamaForCausalLM(made).to(dtype).eval()
+    with torch.device(default_device()):
+        return transformers.LlamaForCausalLM(made).to(dtype).eval()
+
+
+def where(device: torch.device) -> str:
+    """The device's name, as the twin's workers give it."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
 class Clock(transformers.StoppingCriteria):
@@ -62,14 +70,14 @@ class Clock(transformers.StoppingCriteria):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor | None, **_: object) -> torch.Tensor:
         self.ticks.append(time.perf_counter())
-        return torch.zeros(len(input_ids), dtype=torch.bool)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def timed_steps(model: transformers.LlamaForCausalLM, rows: int, prompt: int, count: int) -> dict[str, list[float]]:
     """ "seconds" of each of ``count`` steps after the first token, for a batch of ``rows`` greedy sequences, and
     "prompt": [seconds to the first token]."""
     torch.manual_seed(1)
-    ids = torch.randint(0, model.config.vocab_size, (rows, prompt))
+    ids = torch.randint(0, model.config.vocab_size, (rows, prompt)).to(model.device)
     clock, began = Clock(), time.perf_counter()
     model.generate(
         ids,
@@ -96,7 +104,7 @@ def static_batches(model: transformers.LlamaForCausalLM, batches: list[list[tupl
         lengths = torch.tensor([length for length, _ in requests])
         mask = (torch.arange(longest) >= longest - lengths[:, None]).long()
         options = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "pad_token_id": 0}
-        model.generate(ids, attention_mask=mask, **options)
+        model.generate(ids.to(model.device), attention_mask=mask.to(model.device), **options)
     return {
         "seconds": time.perf_counter() - began,
         "processor": time.process_time() - before,

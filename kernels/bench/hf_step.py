@@ -1,9 +1,10 @@
 """Baseline for training: a transformers Llama of the measured model's shapes, as users train it.
 
-Attention by scaled_dot_product_attention, the model's own loss, AdamW fused, gradients clipped by norm; bf16 is
-autocast over float32 weights. ``python -m telechat_twins.kernels.bench.hf_step hf OPTIONS`` is a worker of ``tele bench
-step --peers hf``; ``hf-compile`` is the same model through torch.compile. Weights are random. The transformers library
-is not a dependency of this project; this module is used only where it is installed.
+On the twin's device. Attention by scaled_dot_product_attention (on a GPU PyTorch's FlashAttention), the model's own
+loss, AdamW fused, gradients clipped by norm; bf16 is autocast over float32 weights. ``python -m
+telechat_twins.kernels.bench.hf_step hf OPTIONS`` is a worker of ``tele bench step --peers hf``; ``hf-compile`` is the
+same model through torch.compile. Weights are random. The transformers library is not a dependency of this project; this
+module is used only where it is installed.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from telechat_twins.core.config import RunConfig
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.model.batch import Batch
 from telechat_twins.core.types import JsonObject
-from telechat_twins.kernels.bench.hf import llama, transformers
+from telechat_twins.kernels.bench.hf import llama, transformers, where
 
 
 class HfTrainer:
@@ -47,10 +48,11 @@ class HfTrainer:
 
     def gradients(self, batch: Batch, num_targets: int, loss_scale: float) -> float:
         """The gradients of the mean loss, of labels that the model shifts itself."""
-        ids = torch.from_numpy(batch.input_ids.astype(np.int64))
+        device = self.model.device
+        ids = torch.from_numpy(batch.input_ids.astype(np.int64)).to(device)
         size, total = self.config.train.micro_batch, 0.0
         for rows in ids.split(size):
-            with torch.autocast("cpu", torch.bfloat16, enabled=self.config.train.precision == "bf16"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=self.config.train.precision == "bf16"):
                 loss = self.forward(input_ids=rows, labels=rows, use_cache=False).loss * (len(rows) / len(ids))
             (loss * loss_scale).backward()
             total += loss.item()
@@ -74,8 +76,12 @@ class HfTrainer:
         how = ", torch.compile" if self.compiled else ""
         return {
             "backend": f"transformers {transformers.__version__}, PyTorch {torch.__version__}{how}",
-            "device": "cpu",
+            "device": where(self.model.device),
         }
+
+    def device_peak(self) -> int:
+        """Largest number of bytes in the device's pool; 0 on a CPU."""
+        return torch.cuda.max_memory_allocated() if self.model.device.type == "cuda" else 0
 
 
 if __name__ == "__main__":

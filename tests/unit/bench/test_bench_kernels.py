@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -186,3 +187,26 @@ def test_without_a_device_the_gpu_check_says_so(
     part = gpu_check.quick_weights("layers.0.attn.q.weight", config.model, 1, (slice(0, 2), slice(3, 9)))
     assert whole.shape == (3072, 3072) and part.shape == (2, 6)
     assert abs(float(whole.std()) / config.model.init_std - 1) < 0.01
+
+
+def test_the_steps_of_the_gpu_check_run_after_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch")
+    from telechat_twins.core.bench.worker import bench_config
+    from telechat_twins.kernels.bench import gpu_check
+
+    options = {"model": "telechat2-tiny", "seq_len": 16, "micro_batch": 1, "micro_batches": 1, "precision": "bf16"}
+    drawn: list[str] = []
+    quick = gpu_check.quick_weights
+
+    def noted(name: str, *rest: Any, **more: Any) -> Any:
+        drawn.append(name)
+        return quick(name, *rest, **more)
+
+    monkeypatch.setattr(gpu_check, "quick_weights", noted)
+    rows = gpu_check.measure_beside(bench_config(options), 2)
+    assert drawn.count("embed.weight") == 2  # of the twin, and as the base of the adapters
+    assert [row["name"] for row in rows] == ["all weights", "adapters (LoRA)", "transformers"]
+    assert all(len(row["seconds"]) == 2 and row["loss"] > 0 for row in rows if "missing" not in row)
+    table = gpu_check.peers_to_markdown(rows)
+    assert table.count(" ms | ") == sum("missing" not in row for row in rows) >= 2
+    assert ("not measured: the transformers library is not installed" in table) == ("missing" in rows[-1])
