@@ -8,7 +8,7 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install demo bench docs reference test test-unit test-parallel-full soak operators campaigns campaign-kills campaign-corruption campaign-hostile \
-        campaign-equivalence campaign-memory mutation locate record-trials record-cost relay eval-check ascend-lower gpu-check mindformers-check matrix matrix-ci docs-check plan-check plan-steps plan-monotone plan-table asan lint format lock clean
+        campaign-equivalence campaign-memory mutation locate record-trials record-cost relay eval-check ascend-lower gpu-check npu-check mindformers-check matrix matrix-ci docs-check plan-check plan-steps plan-monotone plan-table asan lint format lock clean
 
 VENV ?= .venv
 EXTRAS := ms,pt,serve,data,tokenizers,completion,dev
@@ -51,6 +51,7 @@ help:
 	@echo "make operators  compile the C++ operators now and not on first use"
 	@echo "make ascend-lower  compile every Triton kernel for Ascend910B3 as far as a machine without one can (1 minute)"
 	@echo "make gpu-check  tests and benchmarks of a machine with a GPU; leaves gpu-check.json"
+	@echo "make npu-check  benchmarks of a machine with an Ascend; leaves npu-check.json"
 	@echo "make mindformers-check  converted weights in MindFormers' own networks, in an environment of its own"
 	@echo "make plan-steps  measured against predicted seconds of a step on this machine, idle (PROCESSOR=EPYC, 4 minutes)"
 	@echo "make plan-monotone  500 random machines and models: better ones never make the best plan worse (10 minutes)"
@@ -160,6 +161,9 @@ ascend-lower: $(READY)
 
 gpu-check: $(READY)
 	$(RUN) -m telechat_twins.kernels.bench.gpu_check --out gpu-check.json $(GPU_ARGS)
+
+npu-check: $(READY)
+	$(RUN) -m telechat_twins.kernels.bench.npu_check --out npu-check.json $(NPU_ARGS)
 
 matrix: operators
 	$(RUN) -m tests.campaigns.matrix $(MATRIX_ARGS)

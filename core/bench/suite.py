@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from telechat_twins.core.bench.step import processor
@@ -37,16 +38,14 @@ TABLES: dict[str, tuple[str, ...]] = {
 }
 
 
-def run(out: Path, only: list[str]) -> int:
-    """Run the tables in turn and write ``out`` after each; 1 if one of them failed."""
+def run(out: Path, tables: Mapping[str, tuple[str, ...]]) -> int:
+    """Run the tables (as TABLES) in turn and write ``out`` after each; 1 if one of them failed."""
     whole: JsonObject = {
         "machine": {"cores": len(os.sched_getaffinity(0)), "processor": processor()},
         "tables": {},
         "failed": [],
     }
-    for title, arguments in TABLES.items():
-        if only and arguments[0] not in only:
-            continue
+    for title, arguments in tables.items():
         print(f"\n== {title}: tele bench {' '.join(arguments)}", flush=True)
         with tempfile.TemporaryDirectory(prefix="tele-bench-") as folder:
             file = Path(folder) / "table.json"
@@ -73,7 +72,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--only", nargs="+", choices=known, default=[], help="some of the benchmarks (all)")
     args = parser.parse_args(argv)
     writable_file(args.out, "--out")
-    return run(Path(args.out), args.only)
+    return run(Path(args.out), {title: a for title, a in TABLES.items() if not args.only or a[0] in args.only})
 
 
 if __name__ == "__main__":

@@ -12,39 +12,36 @@ transformers library is not installed, its lines say "not measured". Without a G
 from __future__ import annotations
 
 import argparse
-import contextlib
-import dataclasses
-import gc
 import json
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from importlib.util import find_spec
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-import yaml
 
-from telechat_twins.core import backends
 from telechat_twins.core.bench.cases import OPERATORS
-from telechat_twins.core.bench.decode import decode_to_markdown, measure_decode
+from telechat_twins.core.bench.decode import decode_to_markdown
 from telechat_twins.core.bench.kernels import kernels_to_markdown, measure_kernels
 from telechat_twins.core.bench.worker import random_batch, timed_steps
-from telechat_twins.core.config import RunConfig, run_config_from_dict
+from telechat_twins.core.config import RunConfig
 from telechat_twins.core.errors import UserError
 from telechat_twins.core.files import ROOT
 from telechat_twins.core.files.atomic import writable_file, write_text
-from telechat_twins.core.model.config import ModelConfig
 from telechat_twins.core.model.flops import flops_per_token
 from telechat_twins.core.model.params import count_parameters
-from telechat_twins.core.train import trainer
 from telechat_twins.core.train.stepper import Stepper
 from telechat_twins.core.types import JsonObject
+from telechat_twins.kernels.bench.shape_3b import (
+    WARM,
+    measure_answers,
+    measure_beside,
+    peers_to_markdown,
+    quickly_made,
+    step_config,
+)
 from telechat_twins.kernels.dispatch import describe
 from telechat_twins.kernels.pytorch import ops as pytorch
 
@@ -60,7 +57,6 @@ PEAKS = {
     "B200": 2250e12,
 }
 PARTS = ("tests", "kernels", "decode", "step", "peers")
-_WARM = 3  # steps before those measured
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -113,110 +109,14 @@ def check(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def step_config(layers: int, seq_len: int, recompute: str) -> RunConfig:
-    """The 3B shape with ``layers`` layers, one sequence per step, bf16."""
-    return run_config_from_dict(
-        {
-            "model": {"preset": "telechat2-3b", "num_layers": layers},
-            "data": {"sources": [{"path": "random tokens"}], "seq_len": seq_len},
-            "train": {
-                "steps": 1_000_000,
-                "global_batch": 1,
-                "micro_batch": 1,
-                "precision": "bf16",
-                "recompute": recompute,
-            },
-            "optim": {"lr": 1e-4},
-        }
-    )
-
-
-def measure_answers(model: JsonObject, prompt: int, steps: int) -> JsonObject:
-    """``tele bench decode`` of a model in bf16: 1, 8 and 32 sequences after prompts of ``prompt`` tokens."""
-    with tempfile.TemporaryDirectory(prefix="tele-gpu-") as folder:
-        file = Path(folder) / "model.yaml"
-        file.write_text(yaml.safe_dump(model), encoding="utf-8")
-        options = {"model": str(file), "seq_len": 2 * prompt, "precision": "bf16", "quantize": "none"}
-        options |= {"micro_batch": 1, "micro_batches": 1}
-        return measure_decode(options, ["pt"], [1, 8, 32], prompt, steps, min(20, steps))
-
-
-def measure_beside(config: RunConfig, steps: int) -> list[JsonObject]:
-    """The step of ``config``, with adapters, and transformers' of the same shape, one after the other: seconds of
-    ``steps`` steps after warm-up steps, peak of the device's memory. A contestant that is not here has ``missing``."""
-    adapters = dataclasses.replace(config.train, init="random weights")
-    data = {**config.to_dict(), "lora": {}, "train": dataclasses.asdict(adapters)}
-
-    def twin(run: RunConfig) -> Callable[[], Any]:
-        def make() -> Any:
-            with _quick_weights() as train:
-                made = train.Trainer(run)
-            if run.lora is not None:  # whose base is read
-                made.load_weights(lambda name, box: quick_weights(name, run.model, 0, box))
-            return made
-
-        return make
-
-    contestants: dict[str, tuple[RunConfig, Callable[[], Any]]] = {
-        "all weights": (config, twin(config)),
-        "adapters (LoRA)": ((run := run_config_from_dict(data)), twin(run)),
-    }
-    found = [{"name": name, **_measured(make, run, steps)} for name, (run, make) in contestants.items()]
-    if find_spec("transformers") is None:
-        return [*found, {"name": "transformers", "missing": "the transformers library is not installed"}]
-    from telechat_twins.kernels.bench.hf_step import HfTrainer
-
-    return [*found, {"name": "transformers", **_measured(lambda: HfTrainer(config, False), config, steps)}]
-
-
-def _measured(make: Callable[[], Any], config: RunConfig, steps: int) -> JsonObject:
-    """Steps of the trainer that ``make`` returns, which is given up afterwards."""
-    gc.collect()
-    on_device = torch.cuda.is_available()
-    if on_device:
-        torch.cuda.empty_cache()
-    made = make()
-    timed_steps(made, config, 0, _WARM)
-    if on_device:
-        torch.cuda.reset_peak_memory_stats()
-    seconds, loss = timed_steps(made, config, _WARM, steps)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if on_device else None
-    return {"seconds": seconds, "median": statistics.median(seconds), "loss": loss, "memory_gib": peak}
-
-
-@contextlib.contextmanager
-def _quick_weights() -> Iterator[Any]:
-    """The module of the PyTorch trainer. Speed does not depend on the weights' values, and the usual initialisation of
-    billions of weights takes minutes."""
-    usual = trainer.init_tensor
-    vars(trainer)["init_tensor"] = quick_weights
-    try:
-        yield backends.load("pt", "train")
-    finally:
-        vars(trainer)["init_tensor"] = usual
-
-
-def peers_to_markdown(rows: list[JsonObject]) -> str:
-    """The steps as a Markdown table, each over the first."""
-    lines = ["", "| step | median | over the first | memory |", "|---|---|---|---|"]
-    for row in rows:
-        if "missing" in row:
-            lines.append(f"| {row['name']} | not measured: {row['missing']} | - | - |")
-            continue
-        memory = "-" if row["memory_gib"] is None else f"{row['memory_gib']:.1f} GiB"
-        ratio = row["median"] / rows[0]["median"]
-        lines.append(f"| {row['name']} | {row['median'] * 1e3:.0f} ms | {ratio:.2f} | {memory} |")
-    return "\n".join(lines)
-
-
 def measure_step(layers: int, seq_len: int, steps: int, recompute: str) -> JsonObject:
     """Durations of ``steps`` full optimizer steps after three warm-up steps, and a profile of one more."""
     config = step_config(layers, seq_len, recompute)
-    with _quick_weights() as train:
+    with quickly_made("pt") as train:
         made = train.Trainer(config)
-    timed_steps(made, config, 0, _WARM)
+    timed_steps(made, config, 0, WARM)
     torch.cuda.reset_peak_memory_stats()
-    seconds, loss = timed_steps(made, config, _WARM, steps)
+    seconds, loss = timed_steps(made, config, WARM, steps)
     torch.cuda.synchronize()
     median = statistics.median(seconds)
     whole, causal = (seq_len * flops_per_token(config.model, seq_len, causal) for causal in (False, True))
@@ -238,22 +138,8 @@ def measure_step(layers: int, seq_len: int, steps: int, recompute: str) -> JsonO
         "mfu": None if peak is None else whole / median / peak,
         "mfu_causal": None if peak is None else causal / median / peak,
         "memory_gib": torch.cuda.max_memory_allocated() / 2**30,
-        "profile": profile(made, config, _WARM + steps),
+        "profile": profile(made, config, WARM + steps),
     }
-
-
-def quick_weights(
-    name: str, config: ModelConfig, seed: int, box: tuple[slice, ...] | None = None, **_: object
-) -> np.ndarray:
-    """Weights of the right shape and scale: one block of normal samples, repeated."""
-    from telechat_twins.core.model.params import parameter_table
-
-    whole = parameter_table(config)[name].shape
-    shape = whole if box is None else tuple(len(range(*part.indices(n))) for part, n in zip(box, whole, strict=True))
-    if len(whole) == 1:
-        return np.full(shape, 1.0 if "norm" in name else 0.0, np.float32)
-    block = np.random.default_rng(seed).standard_normal(1 << 20, np.float32) * np.float32(config.init_std)
-    return np.resize(block, shape)
 
 
 def profile(made: Stepper, config: RunConfig, step: int) -> list[JsonObject]:

@@ -177,36 +177,56 @@ def test_without_a_device_the_gpu_check_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch = pytest.importorskip("torch")
-    from telechat_twins.kernels.bench import gpu_check
+    from telechat_twins.kernels.bench import gpu_check, shape_3b
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main(["--out", "unused.json"]) == 2
     assert "nothing was run on device" in capsys.readouterr().err
-    config = gpu_check.step_config(18, 8192, "none")
-    whole = gpu_check.quick_weights("layers.0.attn.q.weight", config.model, 1)
-    part = gpu_check.quick_weights("layers.0.attn.q.weight", config.model, 1, (slice(0, 2), slice(3, 9)))
+    config = shape_3b.step_config(18, 8192, "none")
+    whole = shape_3b.quick_weights("layers.0.attn.q.weight", config.model, 1)
+    part = shape_3b.quick_weights("layers.0.attn.q.weight", config.model, 1, (slice(0, 2), slice(3, 9)))
     assert whole.shape == (3072, 3072) and part.shape == (2, 6)
     assert abs(float(whole.std()) / config.model.init_std - 1) < 0.01
 
 
-def test_the_steps_of_the_gpu_check_run_after_one_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("torch")
+@pytest.mark.parametrize("backend", ["ms", "pt"])
+def test_the_steps_of_a_device_check_run_after_one_another(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip({"ms": "mindspore", "pt": "torch"}[backend])
     from telechat_twins.core.bench.worker import bench_config
-    from telechat_twins.kernels.bench import gpu_check
+    from telechat_twins.kernels.bench import shape_3b
 
     options = {"model": "telechat2-tiny", "seq_len": 16, "micro_batch": 1, "micro_batches": 1, "precision": "bf16"}
     drawn: list[str] = []
-    quick = gpu_check.quick_weights
+    quick = shape_3b.quick_weights
 
     def noted(name: str, *rest: Any, **more: Any) -> Any:
         drawn.append(name)
         return quick(name, *rest, **more)
 
-    monkeypatch.setattr(gpu_check, "quick_weights", noted)
-    rows = gpu_check.measure_beside(bench_config(options), 2)
+    monkeypatch.setattr(shape_3b, "quick_weights", noted)
+    rows = shape_3b.measure_beside(bench_config(options), 2, backend)
     assert drawn.count("embed.weight") == 2  # of the twin, and as the base of the adapters
-    assert [row["name"] for row in rows] == ["all weights", "adapters (LoRA)", "transformers"]
+    assert [row["name"] for row in rows] == ["all weights", "adapters (LoRA)", "transformers"][: len(rows)]
+    assert len(rows) == {"ms": 2, "pt": 3}[backend]
     assert all(len(row["seconds"]) == 2 and row["loss"] > 0 for row in rows if "missing" not in row)
-    table = gpu_check.peers_to_markdown(rows)
+    table = shape_3b.peers_to_markdown(rows)
     assert table.count(" ms | ") == sum("missing" not in row for row in rows) >= 2
     assert ("not measured: the transformers library is not installed" in table) == ("missing" in rows[-1])
+
+
+def test_without_a_device_every_line_of_the_npu_check_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    from telechat_twins.kernels.bench import npu_check
+
+    monkeypatch.setattr(npu_check, "ascends", lambda: 0)
+    assert npu_check.main(["--out", str(tmp_path / "unused.json")]) == 2
+    said = capsys.readouterr()
+    assert [line.split(" | ")[1] for line in said.out.splitlines()[2:]] == ["not run on device |"] * len(
+        npu_check.names()
+    )
+    assert "no Ascend found" in said.err and not list(tmp_path.iterdir())
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    for arguments in npu_check.tables("telechat2-tiny", 16, 2).values():
+        assert parser.parse_args(arguments).backends == ["ms", "pt"]
