@@ -36,6 +36,13 @@ TITLES = {
     "library_cached": "safetensors load_file from the page cache",
     "begin": "asynchronous save, until training goes on",
 }
+# Ratios of wall times.
+RATIOS = {
+    "save / save_file": ("ours_save", "library_save"),
+    "save / save_file and fsync": ("ours_save", "synced_save"),
+    "load / load_file from the disk": ("ours_load", "library_load"),
+    "from the page cache": ("ours_cached", "library_cached"),
+}
 
 
 def measure_saving(size: int, rounds: int) -> JsonObject:
@@ -94,12 +101,7 @@ def measure_saving(size: int, rounds: int) -> JsonObject:
         "bytes": 4 * TENSOR[0] * TENSOR[1] * count,
         "rounds": rounds,
         "seconds": medians,
-        "ratios": {
-            "save / save_file": medians["ours_save"][0] / medians["library_save"][0],
-            "save / save_file and fsync": medians["ours_save"][0] / medians["synced_save"][0],
-            "load / load_file from the disk": medians["ours_load"][0] / medians["library_load"][0],
-            "from the page cache": medians["ours_cached"][0] / medians["library_cached"][0],
-        },
+        "ratios": {title: medians[one][0] / medians[other][0] for title, (one, other) in RATIOS.items()},
     }
 
 
