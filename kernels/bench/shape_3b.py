@@ -83,6 +83,8 @@ def measure_beside(config: RunConfig, steps: int, backend: str = "pt") -> list[J
         return found
     if find_spec("transformers") is None:
         return [*found, {"name": "transformers", "missing": "the transformers library is not installed"}]
+    if config.train.recompute != "none":
+        return [*found, {"name": "transformers", "missing": "it is compared without recomputation only"}]
     from telechat_twins.kernels.bench.hf_step import HfTrainer
 
     return [*found, {"name": "transformers", **_measured(lambda: HfTrainer(config, False), config, steps)}]
